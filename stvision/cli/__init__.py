@@ -1,0 +1,12 @@
+"""The ``stvision`` command: one module a subcommand, listed here and imported only when chosen."""
+
+#: subcommand -> (module with a dataclass ``Command`` and a function ``run``, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "predict": ("stvision.cli.predict", "predict a video from a frame and a sentence"),
+    "train": ("stvision.cli.train", "train a model from a configuration file"),
+    "convert": ("stvision.cli.convert", "turn published weights into a pipeline folder"),
+    "data": ("stvision.cli.data", "render or inspect a set of clips"),
+    "eval": ("stvision.cli.eval", "score predictions against real clips"),
+    "bench": ("stvision.cli.bench", "run one of the benchmarks and print its table"),
+    "env": ("stvision.cli.env", "show versions, devices and what each optional backend says"),
+}
