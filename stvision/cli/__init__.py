@@ -7,6 +7,5 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("stvision.cli.convert", "turn published weights into a pipeline folder"),
     "data": ("stvision.cli.data", "render or inspect a set of clips"),
     "eval": ("stvision.cli.eval", "score predictions against real clips"),
-    "bench": ("stvision.cli.bench", "run one of the benchmarks and print its table"),
     "env": ("stvision.cli.env", "show versions, devices and what each optional backend says"),
 }

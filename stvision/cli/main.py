@@ -1,0 +1,77 @@
+"""Parse, call, print: the entry of the ``stvision`` command."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from stvision import __version__
+from stvision.cli import COMMANDS
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"stvision {__version__}: video and multimodal spatiotemporal modelling",
+            "",
+            "usage: stvision COMMAND [OPTIONS]      stvision COMMAND --help",
+            "",
+            "commands:",
+            *lines,
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the ``stvision`` command.
+
+    Args:
+        argv: words after ``stvision``; the process's own when ``None``.
+
+    Returns:
+        Exit status: 0 success, 2 a wrong argument, a missing file or a missing dependency (one
+        sentence on standard error), 130 interrupted. ``STVISION_TRACEBACK=1`` shows the traceback
+        of such a failure instead.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in {"-h", "--help", "help"}:
+        print(_overview())
+        return 0
+    if words[0] in {"-V", "--version"}:
+        print(__version__)
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(COMMANDS)}"
+        print(f"stvision: no command {name!r}{hint}", file=sys.stderr)
+        return 2
+
+    module_name, summary = COMMANDS[name]
+    try:
+        module = importlib.import_module(module_name)
+        if hasattr(module, "parse"):
+            # a command whose options depend on a first word or a file parses for itself
+            command = module.parse(rest)
+        else:
+            import tyro
+
+            command = tyro.cli(
+                module.Command, args=rest, prog=f"stvision {name}", description=summary
+            )
+        return module.run(command) or 0
+    except KeyboardInterrupt:
+        print("stvision: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("STVISION_TRACEBACK"):
+            raise
+        print(f"stvision {name}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

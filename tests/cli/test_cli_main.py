@@ -1,0 +1,61 @@
+"""The ``stvision`` command itself: help, unknown words, failures as one sentence, the report."""
+
+import json
+
+import pytest
+
+from stvision.cli import COMMANDS, env
+from stvision.cli.main import main
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown and summary in shown for name, (_, summary) in COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code in (0, None)
+    assert "usage" in capsys.readouterr().out.lower()
+
+
+def test_unknown_command_suggests_the_near_one(capsys: pytest.CaptureFixture) -> None:
+    assert main(["predcit"]) == 2
+    assert "did you mean 'predict'" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_one_sentence(tmp_path, capsys: pytest.CaptureFixture) -> None:
+    missing = tmp_path / "nothing.mp4"
+    assert main(["predict", str(missing), "--prompt", "push the puck"]) == 2
+    shown = capsys.readouterr().err.strip()
+    assert str(missing) in shown and len(shown.splitlines()) == 1
+
+
+def test_env_reports_absence_and_the_installing_command(monkeypatch) -> None:
+    monkeypatch.setitem(env.OPTIONAL, "no-such-part", (lambda: "", "pip install no-such-part"))
+    probe = env.probe_optional("no-such-part")
+    assert (probe.state, probe.version, probe.install) == (
+        "absent",
+        None,
+        "pip install no-such-part",
+    )
+
+
+def test_env_reports_what_a_broken_part_said(monkeypatch) -> None:
+    def broken() -> str:
+        raise OSError("libnothing.so.1: cannot open shared object file")
+
+    monkeypatch.setitem(env.OPTIONAL, "pytest", (broken, "pip install pytest"))
+    probe = env.probe_optional("pytest")
+    assert probe.state == "broken" and "libnothing.so.1" in probe.detail
+
+
+def test_env_json_is_one_object(monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    # one cheap optional part stands for all: each is tried in a process of its own
+    monkeypatch.setattr(env, "OPTIONAL", {"peft": env.OPTIONAL["peft"]})
+    assert main(["env", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["required"]["torch"] and report["optional"][0]["name"] == "peft"
