@@ -11,11 +11,12 @@ through the text decomposer.
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 
 #: What chooses noise: a generator, an integer seed, one of either per sample, or nothing.
@@ -110,14 +111,13 @@ class SeerDDIMScheduler(DDIMScheduler):
     stop at 958 and so start from a state that the noise does not match.
     """
 
-    def set_timesteps(
-        self, num_inference_steps: int, device: torch.device | str | None = None
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Set ``timesteps``, in falling order, on ``device``."""
         super().set_timesteps(num_inference_steps, device)
-        total = self.config.num_train_timesteps
-        offset = self.config.steps_offset
-        grid = np.arange(0, total, total // num_inference_steps, dtype=np.int64) + offset
+        config: Any = self.config
+        total = config.num_train_timesteps
+        step = total // num_inference_steps
+        grid = np.arange(0, total, step, dtype=np.int64) + config.steps_offset
         grid = grid[grid < total]
         self.timesteps = torch.from_numpy(grid[::-1].copy()).to(device)
 
@@ -127,9 +127,9 @@ def make_scheduler(name: str = "sd") -> DDIMScheduler:
 
     Args:
         name: ``"sd"``: the noise schedule of Stable Diffusion 1.x, with which Seer was trained
-            (square roots of the betas linear from 0.00085 to 0.012; log-SNR 3.52 at t = 100).
+            (square roots of the betas linear from 0.00085 to 0.012; log-SNR 2.13 at t = 100).
             ``"authors"``: what the released sampler of Seer does instead: betas from 1e-4 to 2e-2
-            on the same law (log-SNR 2.13 at t = 100) and timesteps 1, 34, ..., 991 for "30" steps.
+            on the same law (log-SNR 3.52 at t = 100) and timesteps 1, 34, ..., 991 for "30" steps.
 
     Raises:
         ValueError: an unknown name.
@@ -242,7 +242,7 @@ def denoise(
         latents = scheduler.step(predicted, timestep, latents, **options, return_dict=False)[0]
         latents = latents.to(noise.dtype)
         if not bool(torch.isfinite(latents).all()):
-            layer = _first_bad_layer(unet, lambda s=sample, t=timestep: network(s, t))
+            layer = _first_bad_layer(unet, partial(network, sample, timestep))
             raise NonFiniteLatentsError(
                 f"latents are not finite after step {index} (timestep {float(timestep):g}); {layer}"
             )
