@@ -10,7 +10,7 @@ through the text decomposer.
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 #: What chooses noise: a generator, an integer seed, one of either per sample, or nothing.
 Seed = torch.Generator | int | Sequence[torch.Generator | int] | None
 
-#: ``callback(step index, timestep, latents) -> latents or None``
-StepCallback = Callable[[int, Tensor, Tensor], Tensor | None]
+#: ``callback(step index, timestep, state) -> replacements or None``; the state holds ``"latents"``,
+#: ``"text"`` and, under guidance, ``"negative_text"``; returned entries take their places.
+StepCallback = Callable[[int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 
 class NonFiniteLatentsError(ValueError):
@@ -197,8 +198,8 @@ def denoise(
         cond_frames: passed on to the network.
         batch_guidance: evaluate both branches of guidance as one batch (faster) rather than one
             after the other (half the activations).
-        callback: called after every step as ``callback(index, timestep, latents)``; may return
-            latents that replace the present ones.
+        callback: called after every step as ``callback(index, timestep, state)``; see
+            ``StepCallback``.
         interrupted: asked before every step; True ends the loop with the latents as they are.
         progress: called after every step.
 
@@ -216,11 +217,12 @@ def denoise(
     options = _step_options(scheduler, generator, eta, noise.shape[0])
     latents = noise * scheduler.init_noise_sigma
     num_references = reference.shape[2]
-    contexts = [text]
+    state = {"latents": latents, "text": text}
     if guided and negative_text is not None:
-        contexts = [negative_text, text]
+        state["negative_text"] = negative_text
 
     def network(sample: Tensor, timestep: Tensor) -> Tensor:
+        contexts = [state[name] for name in ("negative_text", "text") if name in state]
         if guided and batch_guidance:
             doubled = _evaluate(
                 unet, torch.cat([sample, sample]), timestep, torch.cat(contexts), cond_frames
@@ -247,8 +249,9 @@ def denoise(
                 f"latents are not finite after step {index} (timestep {float(timestep):g}); {layer}"
             )
         if callback is not None:
-            replaced = callback(index, timestep, latents)
-            latents = latents if replaced is None else replaced
+            state["latents"] = latents
+            state.update(callback(index, timestep, dict(state)) or {})
+            latents = state["latents"]
         if progress is not None:
             progress()
     return latents

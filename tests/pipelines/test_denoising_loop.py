@@ -194,9 +194,9 @@ def test_callback_replaces_latents_and_interrupt_stops():
     noise, reference, text, _ = case()
     seen, ticks = [], []
 
-    def callback(index, timestep, latents):
+    def callback(index, timestep, state):
         seen.append((index, int(timestep)))
-        return torch.zeros_like(latents) if index == 3 else None
+        return {"latents": torch.zeros_like(state["latents"])} if index == 3 else None
 
     result = denoise(
         Oracle(noise, make_scheduler("sd")), make_scheduler("sd"), noise, reference, text,
@@ -205,6 +205,18 @@ def test_callback_replaces_latents_and_interrupt_stops():
     )  # fmt: skip
     assert [index for index, _ in seen] == [0, 1, 2, 3] and len(ticks) == 4
     assert seen[0][1] == 901 and not result.any()
+
+
+def test_callback_may_change_the_text_too():
+    noise, reference, text, _ = case()
+    scheduler = make_scheduler("sd")
+    oracle = Oracle(noise, scheduler)
+    denoise(
+        oracle, scheduler, noise, reference, text, num_inference_steps=3,
+        callback=lambda index, timestep, state: {"text": state["text"] + 1},
+    )  # fmt: skip
+    shown = [seen for _, seen, _ in oracle.seen]
+    assert torch.equal(shown[0], text) and torch.equal(shown[1], text + 1)
 
 
 def test_non_finite_latents_name_step_and_layer():
