@@ -1,0 +1,30 @@
+"""Attention mechanisms over clips (B, T, H, W, C), one file each, chosen by name."""
+
+from torch import nn
+
+from stvision.attention.dispatch import BACKENDS, dispatch_attention
+from stvision.attention.full import FullAttention
+from stvision.attention.neighborhood import NeighborhoodAttention
+from stvision.attention.seer_window import SeerWindowAttention, windowed_causal_attention
+from stvision.attention.temporal import TemporalAttention
+from stvision.attention.volume import VolumeAttention
+
+#: name in configurations -> module ``(dim, heads, **options)`` from and to (B, T, H, W, C)
+ATTENTIONS: dict[str, type[nn.Module]] = {
+    "seer-window": SeerWindowAttention,
+    "full": FullAttention,
+    "temporal": TemporalAttention,
+    "neighborhood": NeighborhoodAttention,
+}
+
+__all__ = [
+    "ATTENTIONS",
+    "BACKENDS",
+    "FullAttention",
+    "NeighborhoodAttention",
+    "SeerWindowAttention",
+    "TemporalAttention",
+    "VolumeAttention",
+    "dispatch_attention",
+    "windowed_causal_attention",
+]

@@ -1,0 +1,52 @@
+"""Attention in a 3-D neighborhood of each token (Hassani et al. 2023, Neighborhood Attention)."""
+
+from torch import Tensor
+
+from stvision.attention.volume import VolumeAttention
+from stvision.attention.windows import WindowLayout
+
+
+class NeighborhoodAttention(VolumeAttention):
+    """Each token sees the (T, H, W) box around it: (B, T, H, W, C) to (B, T, H, W, C).
+
+    A box that would leave the volume is shifted inwards, and is cut to the volume where the
+    volume is smaller than the box. Rotary positions are indices in the flattened volume, so the
+    weights are interchangeable with those of the other mechanisms.
+
+    Args:
+        dim: channels C.
+        heads: attention heads; must divide ``dim``.
+        kernel_size: frames, rows and columns of the box; one number for all three.
+        causal: per axis (or one for frames only): see nothing later along it.
+        rotary_dim: rotated channels per head, at most head_dim; 0 for none.
+        backend: kept for the common call; the neighborhood kernel chooses its own way.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        kernel_size: int | tuple[int, int, int] = (5, 7, 7),
+        causal: bool | tuple[bool, bool, bool] = False,
+        rotary_dim: int = 32,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(dim, heads, rotary_dim=rotary_dim, backend=backend)
+        size = (kernel_size,) * 3 if isinstance(kernel_size, int) else tuple(kernel_size)
+        if len(size) != 3 or min(size) < 1:
+            raise ValueError(
+                f"kernel_size must be one or three numbers of at least 1, got {kernel_size}"
+            )
+        self.kernel_size = size
+        self.causal_axes = (causal, False, False) if isinstance(causal, bool) else tuple(causal)
+
+    def window(self, height: int, width: int) -> tuple[int, int]:
+        return height, width
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: WindowLayout) -> Tensor:
+        from stvision.kernels.neighborhood import na3d
+
+        volume = [x.unflatten(1, layout.grid) for x in (query, key, value)]
+        size = tuple(min(k, n) for k, n in zip(self.kernel_size, layout.grid, strict=True))
+        return na3d(*volume, kernel_size=size, is_causal=self.causal_axes).flatten(1, 3)

@@ -1,0 +1,1 @@
+"""Parts of networks that are no attention: rotary embeddings, norms over frames, convolutions."""

@@ -1,0 +1,61 @@
+"""Image layers on clips whose frames are folded into the batch: (B·T, C, H, W)."""
+
+from torch import Tensor, nn
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a (N, C, H, W) tensor keeps the channels of a pixel side by side."""
+    return x.shape[1] > 1 and x.stride(1) == 1
+
+
+def group_norm_frames(norm: nn.GroupNorm, x: Tensor, frames: int) -> Tensor:
+    """Apply ``norm`` with statistics over (frames, H, W) jointly.
+
+    Args:
+        norm: group norm over C channels.
+        x: (B·T, C, H, W), frames of a clip consecutive.
+        frames: T; 1 is the ordinary norm of images.
+
+    Returns:
+        (B·T, C, H, W). No copy is made for channels-last inputs where the norm's kernel keeps
+        that layout (CPU); contiguous inputs are reordered once on each side for B > 1.
+    """
+    if frames == 1:
+        return norm(x)
+    n, c, h, w = x.shape
+    batch = n // frames
+    if is_channels_last(x):
+        # the rows of all frames stacked are one tall channels-last image
+        tall = x.permute(0, 2, 3, 1).reshape(batch, frames * h, w, c).permute(0, 3, 1, 2)
+        y = norm(tall)
+        return y.permute(0, 2, 3, 1).reshape(n, h, w, c).permute(0, 3, 1, 2)
+    y = norm(x.unflatten(0, (batch, frames)).transpose(1, 2))
+    return y.transpose(1, 2).reshape(n, c, h, w)
+
+
+def add_per_clip(x: Tensor, per_clip: Tensor, frames: int) -> Tensor:
+    """``x + per_clip``, the same (B, C) values for every frame and pixel of a clip.
+
+    Args:
+        x: (B·T, C, H, W).
+        per_clip: (B, C).
+        frames: T.
+    """
+    if frames == 1:
+        return x + per_clip[:, :, None, None]
+    folded = x.unflatten(0, (per_clip.shape[0], frames))
+    return (folded + per_clip[:, None, :, None, None]).flatten(0, 1)
+
+
+class PointwiseConv(nn.Conv2d):
+    """1 x 1 convolution on channels-last tokens, with the weight layout (out, in, 1, 1) of a Conv2d.
+
+    Takes (..., in_channels) and returns (..., out_channels): the matrix product that the
+    convolution is, without moving the channels to the front.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.flatten(1), self.bias)

@@ -1,0 +1,1 @@
+"""Networks and converters of published weights, one family a file."""
