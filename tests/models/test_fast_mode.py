@@ -1,0 +1,102 @@
+"""Fast mode: replays equal the plain pass, and whatever it cannot do goes to the plain pass."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stvision.models.fast import disable_fast, enable_fast, fast, is_fast
+
+
+class Denoiser(nn.Module):
+    """Stands for a U-Net: sample, timestep and text matter, and a flag of the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+        self.calls = 0
+
+    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, *, double: bool = False):
+        self.calls += 1
+        out = self.mix(sample) * (timestep + 1) + text.mean(1, keepdim=True)
+        return (2 * out if double else out,)
+
+
+def inputs(seed: int, batch: int = 2, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randn(batch, 5, 8, generator=generator).to(device)
+    return (
+        sample,
+        torch.tensor(3.0 + seed),
+        torch.randn(batch, 3, 8, generator=generator).to(device),
+    )
+
+
+def test_without_a_gpu_it_says_so(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="needs a CUDA device"):
+        enable_fast(Denoiser())
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_off_again_leaves_the_model_as_it_was(pretend_gpu) -> None:
+    model = Denoiser()
+    with pytest.raises(KeyboardInterrupt), fast(model):
+        assert is_fast(model)
+        raise KeyboardInterrupt
+    assert not is_fast(model) and "forward" not in vars(model)
+    disable_fast(model)  # a second time does nothing
+
+
+def test_tensors_outside_a_gpu_take_the_plain_pass(pretend_gpu) -> None:
+    model, arguments = Denoiser().eval(), inputs(0, device="cpu")
+    expected = model(*arguments)[0]
+    with fast(model), torch.no_grad():
+        assert torch.equal(model(*arguments)[0], expected)
+
+
+def test_offload_hooks_are_refused(pretend_gpu) -> None:
+    model = Denoiser()
+    model._hf_hook = object()
+    with pytest.raises(RuntimeError, match="offload"):
+        enable_fast(model)
+
+
+@pytest.mark.gpu
+def test_replays_equal_the_plain_pass_for_new_inputs() -> None:
+    model = Denoiser().cuda().eval()
+    with torch.no_grad(), fast(model):
+        kept = []
+        for seed in range(4):
+            arguments = inputs(seed)
+            kept.append((model(*arguments)[0], model.forward.plain(*arguments)[0]))
+        # compared after all replays: an output must not be overwritten by later ones
+        for replayed, plain in kept:
+            torch.testing.assert_close(replayed, plain, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_one_capture_a_shape_and_flag() -> None:
+    model = Denoiser().cuda().eval()
+    with torch.no_grad(), fast(model):
+        for seed in range(3):
+            model(*inputs(seed))
+        calls = model.calls
+        model(*inputs(9))
+        assert model.calls == calls, "a replay runs no Python of the model"
+        torch.testing.assert_close(
+            model(*inputs(1), double=True)[0], 2 * model(*inputs(1))[0], rtol=0, atol=0
+        )
+        model(*inputs(0, batch=3))
+        assert len(model.forward._captures) == 3
+
+
+@pytest.mark.gpu
+def test_gradients_take_the_plain_pass() -> None:
+    model = Denoiser().cuda().eval()
+    with fast(model):
+        model(*inputs(0))[0].sum().backward()
+    assert model.mix.weight.grad is not None
