@@ -14,6 +14,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -163,7 +164,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
         model = motion_unet(dtype)
         for case in cases:
             inputs = Case(*case, dtype)
-            note(case, "motion eager", *timed(lambda: inputs.motion(model), args.repeats))
+            note(case, "motion eager", *timed(partial(inputs.motion, model), args.repeats))
         if args.compile:
             compiled = torch.compile(model)
             for case in cases[: args.compile]:
@@ -171,13 +172,13 @@ def measure(args: argparse.Namespace) -> list[dict]:
                 begin = time.perf_counter()
                 inputs.motion(compiled)
                 cold = round(time.perf_counter() - begin, 1)
-                result = timed(lambda: inputs.motion(compiled), args.repeats)
+                result = timed(partial(inputs.motion, compiled), args.repeats)
                 note(case, "motion compiled", *result, cold_start_s=cold)
             del compiled
             torch.compiler.reset()
         for case in cases[:1]:
             inputs = Case(*case, dtype)
-            classes, kernels = operator_classes(lambda: inputs.motion(model))
+            classes, kernels = operator_classes(partial(inputs.motion, model))
             print(f"motion kernels {kernels}, device ms by class: {classes}")
         del model
         release()
@@ -186,13 +187,13 @@ def measure(args: argparse.Namespace) -> list[dict]:
         for case in cases:
             inputs = Case(*case, dtype)
             eager = inputs.seer(model)
-            note(case, "seer eager", *timed(lambda: inputs.seer(model), args.repeats))
+            note(case, "seer eager", *timed(partial(inputs.seer, model), args.repeats))
             with fast(model):
                 begin = time.perf_counter()
                 inputs.seer(model)
                 cold = round(time.perf_counter() - begin, 1)
                 same = bool(torch.equal(inputs.seer(model), eager))
-                result = timed(lambda: inputs.seer(model), args.repeats)
+                result = timed(partial(inputs.seer, model), args.repeats)
                 note(case, "seer fast", *result, cold_start_s=cold, bit_equal=same)
             release()
         for case in cases[: args.compile]:
@@ -204,18 +205,18 @@ def measure(args: argparse.Namespace) -> list[dict]:
                 cold = round(time.perf_counter() - begin, 1)
                 out = inputs.seer(model).float()
                 error = ((out - eager).norm() / eager.norm()).item()
-                result = timed(lambda: inputs.seer(model), args.repeats)
+                result = timed(partial(inputs.seer, model), args.repeats)
                 note(case, "seer fast compiled", *result, cold_start_s=cold, relative_error=error)
             torch.compiler.reset()
             release()
         for case in cases[:1]:
             inputs = Case(*case, dtype)
-            classes, kernels = operator_classes(lambda: inputs.seer(model))
+            classes, kernels = operator_classes(partial(inputs.seer, model))
             print(f"seer kernels {kernels}, device ms by class: {classes}")
         temporal_backend(model, "math")
         for case in cases:
             inputs = Case(*case, dtype)
-            note(case, "seer plain", *timed(lambda: inputs.seer(model), args.repeats))
+            note(case, "seer plain", *timed(partial(inputs.seer, model), args.repeats))
         temporal_backend(model, "sdpa")
         del model
         release()
