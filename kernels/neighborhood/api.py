@@ -1,0 +1,352 @@
+"""Neighborhood attention over 1-D, 2-D and 3-D grids: the public functions.
+
+A query attends to the ``kernel_size`` nearest tokens of each axis, so the cost is linear in the
+number of tokens. Semantics are those of NATTEN (arXiv 2204.07143, 2209.15001, 2403.04690,
+2504.16922): windows stay full-sized at borders, where they shift.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+from stvision.kernels.neighborhood.choice import Choice, Request, choose
+from stvision.kernels.neighborhood.ops import neighborhood_attention
+from stvision.kernels.neighborhood.problem import (
+    AXIS_NAMES,
+    PerAxisBool,
+    PerAxisInt,
+    PerAxisStr,
+    build_axes,
+    check_rpb,
+    check_tensors,
+    per_axis,
+)
+from stvision.kernels.neighborhood.windows import Axis
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge two attentions of the same queries over disjoint sets of keys.
+
+    Args:
+        out: (..., heads, d) output of the first attention.
+        lse: (..., heads) its log-sum-exp, minus infinity where it saw no key.
+        other_out: (..., heads, d) output of the second.
+        other_lse: (..., heads) its log-sum-exp.
+
+    Returns:
+        Output and log-sum-exp of the attention over both sets; exact and differentiable.
+    """
+    top = torch.maximum(lse, other_lse).detach()
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    first, second = (lse - top).exp(), (other_lse - top).exp()
+    total = first + second
+    safe = total.masked_fill(total == 0, 1.0)
+    merged = (first / safe)[..., None] * out + (second / safe)[..., None] * other_out
+    return merged.to(out.dtype), total.log() + top
+
+
+class _Call(NamedTuple):
+    """A checked call: its problem and the choice of a backend."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    additional_keys: torch.Tensor | None
+    additional_values: torch.Tensor | None
+    axes: tuple[Axis, ...]
+    choice: Choice
+
+
+def _prepare(
+    rank: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kernel_size: PerAxisInt,
+    stride: PerAxisInt,
+    dilation: PerAxisInt,
+    is_causal: PerAxisBool,
+    additional_keys: torch.Tensor | None,
+    additional_values: torch.Tensor | None,
+    backend: str | None,
+    return_lse: bool,
+    rpb: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    border: PerAxisStr,
+    pad: bool,
+    query_map: str | PerAxisInt | None,
+) -> _Call:
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if additional_keys is not None and additional_values is not None:
+            additional_keys = additional_keys.to(dtype)
+            additional_values = additional_values.to(dtype)
+    check_tensors(
+        rank,
+        query,
+        key,
+        value,
+        rpb=rpb,
+        key_mask=key_mask,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+    )
+    axes, kept = build_axes(
+        query.shape[1:-2],
+        key.shape[1:-2],
+        kernel_size=kernel_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        border=border,
+        pad=pad,
+        query_map=query_map,
+    )
+    if rpb is not None:
+        check_rpb(rpb, axes)
+    for axis, inner in enumerate(kept, start=1):
+        query = query.narrow(axis, inner.start, inner.stop - inner.start)
+    inputs = (query, key, value, rpb, additional_keys, additional_values)
+    request = Request(
+        device=query.device,
+        dtype=query.dtype,
+        axes=axes,
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        has_rpb=rpb is not None,
+        has_key_mask=key_mask is not None,
+        needs_grad=torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in inputs),
+        return_lse=return_lse,
+    )
+    choice = choose(request, backend)
+    return _Call(query, key, value, additional_keys, additional_values, axes, choice)
+
+
+def _attend(
+    backend: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rpb: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    axes: tuple[Axis, ...],
+    scale: float,
+    tile: tuple[int, ...],
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend == "flex":
+        from stvision.kernels.neighborhood import flex
+
+        return flex.attention(query, key, value, key_mask, axes, scale, tile or None)
+    numbers = [number for axis in axes for number in axis.encode()]
+    return neighborhood_attention(
+        query, key, value, rpb, key_mask, numbers, scale, backend, list(tile), deterministic
+    )
+
+
+def neighborhood_attention_generic(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kernel_size: PerAxisInt,
+    stride: PerAxisInt = 1,
+    dilation: PerAxisInt = 1,
+    is_causal: PerAxisBool = False,
+    scale: float | None = None,
+    additional_keys: torch.Tensor | None = None,
+    additional_values: torch.Tensor | None = None,
+    attention_kwargs: dict[str, Any] | None = None,
+    backend: str | None = None,
+    q_tile_shape: Sequence[int] | None = None,
+    kv_tile_shape: Sequence[int] | None = None,
+    backward_q_tile_shape: Sequence[int] | None = None,
+    backward_kv_tile_shape: Sequence[int] | None = None,
+    backward_kv_splits: Sequence[int] | None = None,
+    backward_use_pt_reduction: bool = False,
+    run_persistent_kernel: bool = True,
+    kernel_schedule: str | None = None,
+    torch_compile: bool = False,
+    return_lse: bool = False,
+    *,
+    rpb: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    border: PerAxisStr = "shift",
+    pad: bool = False,
+    query_map: str | PerAxisInt | None = None,
+    deterministic: bool | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Neighborhood attention; ``na1d``, ``na2d`` and ``na3d`` are this function for one rank.
+
+    The first arguments are those of NATTEN 0.21, those after ``return_lse`` are additions. A value
+    "per axis" is one number for all axes or a tuple with one for each.
+
+    Args:
+        query: (B, *grid, H, d) float16, bfloat16, float32 or float64; grid is (L,), (H, W) or
+            (T, H, W). Any d.
+        key: (B, *grid, Hk, d). H is a multiple of Hk; query head h uses key head h * Hk // H.
+        value: (B, *grid, Hk, dv); dv may differ from d.
+        kernel_size: per axis, keys that a query sees, even or odd.
+        stride: per axis, neighbouring queries that share one window, that of their middle query;
+            from 1 (each its own) to ``kernel_size`` (blocked attention).
+        dilation: per axis, distance between visible keys.
+        is_causal: per axis, whether a query sees no key after itself on that axis.
+        scale: factor of the logits, d ** -0.5 when not given.
+        additional_keys: (B, M, Hk, d) tokens that every query sees, such as text.
+        additional_values: (B, M, Hk, dv) their values.
+        attention_kwargs: ``{"backend": name}`` for the additional tokens.
+        backend: ``"triton"``, ``"flex"``, ``"blocked"``, ``"reference"``, or ``None`` to choose
+            (:func:`explain` says what and why).
+        q_tile_shape: per axis, queries of one tile, where the backend has tiles.
+        kv_tile_shape: accepted so that calls written for NATTEN run; without effect, like
+            ``backward_q_tile_shape``, ``backward_kv_tile_shape``, ``backward_kv_splits``,
+            ``backward_use_pt_reduction``, ``run_persistent_kernel``, ``kernel_schedule`` and
+            ``torch_compile``.
+        return_lse: also return the log-sum-exp of the scaled logits; gradients flow through it.
+        rpb: (H, 2 * kernel_size - 1, ...) relative position bias of NAT and DiNAT, added to the
+            scaled logits at index (key place - query place + kernel_size - 1) per axis, where
+            places count steps of ``dilation``. Learned: it gets a gradient.
+        key_mask: (B, *grid) bool, True where a key takes part; for clips of different true size in
+            one batch. Masked keys stay in the windows, they do not shift them.
+        border: per axis, ``"shift"`` keeps windows full-sized by shifting them, ``"valid"`` gives
+            only the queries whose window needs no shift, so an axis of L tokens has
+            L - (kernel_size - 1) * dilation outputs.
+        pad: let a window be larger than the grid: it then ends with the grid, as if the grid were
+            padded with masked tokens.
+        query_map: needed when the query grid differs from the key grid. ``"center"`` puts query i
+            of an axis at key floor((2 i + 1) Lk / (2 Lq)), ``"start"`` at floor(i Lk / Lq), an
+            int per axis at i plus that offset. Windows, stride and causality count from there.
+        deterministic: choose a backward whose results repeat bit by bit; ``None`` follows
+            ``torch.use_deterministic_algorithms``.
+
+    Returns:
+        (B, *query grid, H, dv) in the dtype of ``query``; with ``return_lse`` also (B, *query grid,
+        H) float32 (float64 for float64 inputs). A query whose keys are all masked gives 0 and minus
+        infinity.
+
+    Raises:
+        ValueError: sizes that do not fit together, a window larger than the grid, an unknown
+            backend or one that cannot run the call; the sentence names axis and numbers.
+        TypeError: a dtype or a value of the wrong kind.
+        NotImplementedError: a second derivative, or ``torch.func.vmap``.
+    """
+    rank = query.dim() - 3
+    if rank not in (1, 2, 3):
+        raise ValueError(
+            "query must be (batch, *grid, heads, head_dim) with a grid of one to three axes, but "
+            f"has shape {tuple(query.shape)}"
+        )
+    call = _prepare(
+        rank,
+        query,
+        key,
+        value,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal,
+        additional_keys,
+        additional_values,
+        backend,
+        return_lse,
+        rpb,
+        key_mask,
+        border,
+        pad,
+        query_map,
+    )
+    query, key, value = call.query, call.key, call.value
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    tile = () if q_tile_shape is None else per_axis("q_tile_shape", tuple(q_tile_shape), rank)
+    out, lse = _attend(
+        call.choice.backend,
+        query,
+        key,
+        value,
+        rpb,
+        key_mask,
+        call.axes,
+        float(scale),
+        tile,
+        deterministic,
+    )
+    if call.additional_keys is not None and call.additional_values is not None:
+        tokens = call.additional_keys.shape[1]
+        if tokens:
+            flat = query.flatten(1, -3)
+            every = (Axis(flat.shape[1], tokens, tokens, query_map="start"),)
+            name = (attention_kwargs or {}).get("backend", call.choice.backend)
+            extra_out, extra_lse = _attend(
+                name,
+                flat,
+                call.additional_keys,
+                call.additional_values,
+                None,
+                None,
+                every,
+                float(scale),
+                (),
+                deterministic,
+            )
+            grid = query.shape[1:-2]
+            out, lse = merge(out, lse, extra_out.unflatten(1, grid), extra_lse.unflatten(1, grid))
+    return (out, lse) if return_lse else out
+
+
+def _of_rank(rank: int, function: Callable[P, R]) -> Callable[P, R]:
+    """``function`` for tensors of one rank only."""
+
+    @wraps(function)
+    def attend(*args: P.args, **kwargs: P.kwargs) -> R:
+        query: Any = args[0] if args else kwargs["query"]
+        if query.dim() != rank + 3:
+            raise ValueError(
+                f"na{rank}d takes (batch, {', '.join(AXIS_NAMES[rank])}, heads, head_dim), "
+                f"{rank + 3} axes, but query has shape {tuple(query.shape)}"
+            )
+        return function(*args, **kwargs)
+
+    attend.__name__ = attend.__qualname__ = f"na{rank}d"
+    return attend
+
+
+na1d = _of_rank(1, neighborhood_attention_generic)
+na2d = _of_rank(2, neighborhood_attention_generic)
+na3d = _of_rank(3, neighborhood_attention_generic)
+
+
+def _explained(function: Callable[P, Any]) -> Callable[P, Choice]:
+    signature = inspect.signature(function)
+    wanted = set(inspect.signature(_prepare).parameters)
+
+    def explain(*args: P.args, **kwargs: P.kwargs) -> Choice:
+        """Which backend a call with these arguments would run on, and why not the others.
+
+        Takes what :func:`na1d`, :func:`na2d` and :func:`na3d` take; computes nothing. ``print`` the
+        result.
+
+        Raises:
+            ValueError, TypeError: as the call itself would.
+        """
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        chosen = {name: value for name, value in bound.arguments.items() if name in wanted}
+        return _prepare(chosen["query"].dim() - 3, **chosen).choice
+
+    return explain
+
+
+explain = _explained(neighborhood_attention_generic)

@@ -1,0 +1,117 @@
+"""Which backend runs a problem, and why not the others."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from stvision.kernels.neighborhood.windows import Axis
+
+BACKENDS = ("triton", "flex", "blocked", "reference")
+#: order in which an automatic choice tries the backends, by device type
+AUTOMATIC: dict[str, tuple[str, ...]] = {}
+AUTOMATIC_ELSEWHERE = ("blocked", "reference")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+#: Triton's interpreter runs kernels on the CPU, for tests
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a backend must be able to do."""
+
+    device: torch.device
+    dtype: torch.dtype
+    axes: tuple[Axis, ...]
+    head_dim: int
+    value_dim: int
+    has_rpb: bool
+    has_key_mask: bool
+    needs_grad: bool
+    return_lse: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen backend and, for each of the others, one sentence why it was not taken.
+
+    ``print`` it; ``backend`` is the name to pass as ``backend=``.
+    """
+
+    backend: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: taken"]
+        lines += [f"{name}: {self.reasons[name]}" for name in BACKENDS if name in self.reasons]
+        return "\n".join(lines)
+
+
+def _why_not_triton(request: Request) -> str | None:
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if request.device.type != "cuda" and not INTERPRETED:
+        return f"needs a GPU, the tensors are on {request.device}"
+    if request.dtype == torch.float64:
+        return "float64 is not supported"
+    if max(request.head_dim, request.value_dim) > 256:
+        return f"head_dim is at most 256, not {max(request.head_dim, request.value_dim)}"
+    return None
+
+
+def _why_not_flex(request: Request) -> str | None:
+    if request.has_rpb:
+        return "rpb is not supported"
+    if request.dtype == torch.float64 and request.device.type == "cuda":
+        return "float64 is not supported on a GPU"
+    if request.needs_grad and request.device.type == "cpu":
+        return "FlexAttention has no backward on the CPU"
+    if request.device.type == "cuda":
+        for size in (request.head_dim, request.value_dim):
+            if size < 16 or size & (size - 1):
+                return f"head_dim must be a power of two of at least 16, not {size}"
+    return None
+
+
+def _why_not_always(request: Request) -> str | None:
+    return None
+
+
+WHY_NOT: dict[str, Callable[[Request], str | None]] = {
+    "triton": _why_not_triton,
+    "flex": _why_not_flex,
+    "blocked": _why_not_always,
+    "reference": _why_not_always,
+}
+
+
+def choose(request: Request, backend: str | None) -> Choice:
+    """The backend asked for, or the first of the automatic order that can run the request.
+
+    Raises:
+        ValueError: ``backend`` is unknown or cannot run the request.
+    """
+    reasons = {}
+    for name in BACKENDS:
+        why = WHY_NOT[name](request)
+        if why is not None:
+            reasons[name] = why
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+        if backend in reasons:
+            raise ValueError(f"backend {backend!r} cannot run this call: {reasons[backend]}")
+        chosen = backend
+    else:
+        order = AUTOMATIC.get(request.device.type, AUTOMATIC_ELSEWHERE)
+        chosen = next(name for name in order if name not in reasons)
+    for name in BACKENDS:
+        if name != chosen and name not in reasons:
+            if backend is not None:
+                reasons[name] = "could run, but another was asked for"
+            else:
+                reasons[name] = f"could run, expected to be slower on {request.device.type}"
+    return Choice(chosen, reasons)

@@ -1,0 +1,163 @@
+"""The two custom operators behind every backend with a hand-written backward.
+
+``stvision::neighborhood_attention`` returns output and log-sum-exp; both are differentiable once.
+The backend is an argument, so that ``torch.compile`` sees one operator whatever runs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stvision.kernels.neighborhood.windows import decode_axes
+
+
+def _module(backend: str) -> Any:
+    if backend == "triton":
+        from stvision.kernels.neighborhood import triton_launch
+
+        return triton_launch
+    if backend == "blocked":
+        from stvision.kernels.neighborhood import blocked
+
+        return blocked
+    from stvision.kernels.neighborhood import reference
+
+    return reference
+
+
+def _options(backend: str, tile: Sequence[int], deterministic: bool | None) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if backend in {"blocked", "triton"} and tile:
+        options["tile"] = tuple(tile)
+    if backend == "triton" and deterministic is not None:
+        options["deterministic"] = deterministic
+    return options
+
+
+@torch.library.custom_op("stvision::neighborhood_attention", mutates_args=())
+def neighborhood_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rpb: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    axes: Sequence[int],
+    scale: float,
+    backend: str,
+    tile: Sequence[int],
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    options = _options(backend, tile, None)
+    return _module(backend).forward(
+        query, key, value, rpb, key_mask, decode_axes(list(axes)), scale, **options
+    )
+
+
+@neighborhood_attention.register_fake
+def _(query, key, value, rpb, key_mask, axes, scale, backend, tile, deterministic):
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return (
+        query.new_empty(*query.shape[:-1], value.shape[-1]),
+        query.new_empty(query.shape[:-1], dtype=dtype),
+    )
+
+
+@torch.library.custom_op("stvision::neighborhood_attention_backward", mutates_args=())
+def neighborhood_attention_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rpb: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    axes: Sequence[int],
+    scale: float,
+    backend: str,
+    tile: Sequence[int],
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    options = _options(backend, tile, deterministic)
+    dq, dk, dv, drpb = _module(backend).backward(
+        grad_out,
+        grad_lse,
+        query,
+        key,
+        value,
+        rpb,
+        key_mask,
+        out,
+        lse,
+        decode_axes(list(axes)),
+        scale,
+        **options,
+    )
+    return dq, dk, dv, query.new_empty(0) if drpb is None else drpb
+
+
+@neighborhood_attention_backward.register_fake
+def _(
+    grad_out,
+    grad_lse,
+    query,
+    key,
+    value,
+    rpb,
+    key_mask,
+    out,
+    lse,
+    axes,
+    scale,
+    backend,
+    tile,
+    deterministic,
+):
+    return (
+        query.new_empty(query.shape),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+        query.new_empty(0) if rpb is None else rpb.new_empty(rpb.shape),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    query, key, value, rpb, key_mask, axes, scale, backend, tile, deterministic = inputs
+    ctx.save_for_backward(query, key, value, rpb, key_mask, *output)
+    ctx.options = (axes, scale, backend, tile, deterministic)
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple:
+    query, key, value, rpb, key_mask, out, lse = ctx.saved_tensors
+    dq, dk, dv, drpb = neighborhood_attention_backward(
+        grad_out, grad_lse, query, key, value, rpb, key_mask, out, lse, *ctx.options
+    )
+    return dq, dk, dv, None if rpb is None else drpb, None, None, None, None, None, None
+
+
+def _setup_nothing(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """The backward operator keeps nothing: it has no derivative."""
+
+
+def _no_second_derivative(ctx: Any, *grads: torch.Tensor) -> tuple:
+    raise NotImplementedError(
+        "neighborhood attention has no second derivative; take the second derivative through "
+        "scaled_dot_product_attention with a mask, or drop create_graph=True"
+    )
+
+
+def _no_vmap(*args: Any) -> None:
+    raise NotImplementedError(
+        "neighborhood attention does not run under torch.func.vmap; put the mapped axis into the "
+        "batch axis instead"
+    )
+
+
+torch.library.register_autograd(neighborhood_attention, _backward, setup_context=_setup)
+torch.library.register_autograd(
+    neighborhood_attention_backward, _no_second_derivative, setup_context=_setup_nothing
+)
+torch.library.register_vmap(neighborhood_attention, _no_vmap)
+torch.library.register_vmap(neighborhood_attention_backward, _no_vmap)
