@@ -1,5 +1,7 @@
 """Attention in a 3-D neighborhood of each token (Hassani et al. 2023, Neighborhood Attention)."""
 
+from typing import cast
+
 from torch import Tensor
 
 from stvision.attention.volume import VolumeAttention
@@ -19,7 +21,8 @@ class NeighborhoodAttention(VolumeAttention):
         kernel_size: frames, rows and columns of the box; one number for all three.
         causal: per axis (or one for frames only): see nothing later along it.
         rotary_dim: rotated channels per head, at most head_dim; 0 for none.
-        backend: kept for the common call; the neighborhood kernel chooses its own way.
+        kernel: backend of :func:`stvision.kernels.neighborhood.na3d`, ``None`` to choose.
+        backend: accepted because all mechanisms have it; dense backends have no part here.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class NeighborhoodAttention(VolumeAttention):
         kernel_size: int | tuple[int, int, int] = (5, 7, 7),
         causal: bool | tuple[bool, bool, bool] = False,
         rotary_dim: int = 32,
+        kernel: str | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__(dim, heads, rotary_dim=rotary_dim, backend=backend)
@@ -39,6 +43,7 @@ class NeighborhoodAttention(VolumeAttention):
                 f"kernel_size must be one or three numbers of at least 1, got {kernel_size}"
             )
         self.kernel_size = size
+        self.kernel = kernel
         self.causal_axes = (causal, False, False) if isinstance(causal, bool) else tuple(causal)
 
     def window(self, height: int, width: int) -> tuple[int, int]:
@@ -48,5 +53,15 @@ class NeighborhoodAttention(VolumeAttention):
         from stvision.kernels.neighborhood import na3d
 
         volume = [x.unflatten(1, layout.grid) for x in (query, key, value)]
-        size = tuple(min(k, n) for k, n in zip(self.kernel_size, layout.grid, strict=True))
-        return na3d(*volume, kernel_size=size, is_causal=self.causal_axes).flatten(1, 3)
+        frames, rows, columns = (
+            min(size, extent) for size, extent in zip(self.kernel_size, layout.grid, strict=True)
+        )
+        out = na3d(
+            volume[0],
+            volume[1],
+            volume[2],
+            (frames, rows, columns),
+            is_causal=self.causal_axes,
+            backend=self.kernel,
+        )
+        return cast(Tensor, out).flatten(1, 3)

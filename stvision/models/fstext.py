@@ -1,6 +1,6 @@
 """Frame sequential text decomposer: a sentence into one sub-instruction a frame (Seer, section 4.3)."""
 
-from typing import ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,7 @@ class _Layer(nn.Module):
         return x
 
 
-class FSTextDecomposer(ModelMixin, ConfigMixin):
+class FSTextDecomposer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Text states (B, L, D) of a sentence into text states (B, T, L, D) of each frame.
 
     A fresh model gives every frame the same states, because its query and position embeddings
@@ -112,9 +112,18 @@ class FSTextDecomposer(ModelMixin, ConfigMixin):
         max_tokens: longest sentence in tokens.
     """
 
+    config: Any
+    _gradient_checkpointing_func: Any
     _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["_TextBlock", "_TimeBlock"]
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["norm", "pos_embed", "learnable_query"]
+    _no_split_modules = (
+        "_TextBlock",
+        "_TimeBlock",
+    )  # type: ignore[assignment]
+    _skip_layerwise_casting_patterns = (
+        "norm",
+        "pos_embed",
+        "learnable_query",
+    )  # type: ignore[assignment]
 
     @register_to_config
     def __init__(

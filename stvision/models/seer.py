@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -46,7 +46,7 @@ class SeerUNetOutput(BaseOutput):
     sample: Tensor
 
 
-class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """Image U-Net with per-frame image layers and a temporal transformer after each spatial one.
 
     State-dict keys are those of diffusers' ``UNet2DConditionModel`` plus
@@ -66,14 +66,12 @@ class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             training) or "always".
     """
 
+    config: Any
+    _gradient_checkpointing_func: Any
     _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = [
-        "BasicTransformerBlock",
-        "FrameResnetBlock",
-        "TemporalTransformer",
-    ]
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["norm"]
-    _repeated_blocks: ClassVar[list[str]] = ["BasicTransformerBlock", "TemporalBlock"]
+    _no_split_modules = ("BasicTransformerBlock", "FrameResnetBlock", "TemporalTransformer")  # type: ignore[assignment]
+    _skip_layerwise_casting_patterns = ("norm",)  # type: ignore[assignment]
+    _repeated_blocks = ("BasicTransformerBlock", "TemporalBlock")  # type: ignore[assignment]
 
     @register_to_config
     def __init__(
@@ -123,7 +121,7 @@ class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
                 f"skip_reference_ff must be one of {', '.join(map(repr, SKIP_REFERENCE_FF))}, "
                 f"got {skip_reference_ff!r}"
             )
-        image = UNet2DConditionModel(
+        image: Any = UNet2DConditionModel(
             sample_size=sample_size,
             in_channels=in_channels,
             out_channels=out_channels,
@@ -172,17 +170,47 @@ class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
                     num_layers=temporal_layers,
                     norm_num_groups=norm_num_groups,
                 )
-                for module in cast(nn.ModuleList, block.attentions)
+                for module in cast(list[Any], block.attentions)
             ]
             block.temporal_attentions = nn.ModuleList(transformers)
         self.gradient_checkpointing = False
 
     @classmethod
-    def from_unet2d(cls, unet2d: UNet2DConditionModel, **options: Any) -> "SeerUNetModel":
+    def inflated_config(cls, image_config: dict[str, Any], **options: Any) -> dict[str, Any]:
+        """Constructor arguments that inflate an image U-Net of this configuration.
+
+        Args:
+            image_config: configuration of a ``UNet2DConditionModel``.
+            options: arguments that it has not, or that replace its own.
+
+        Raises:
+            ValueError: the image U-Net has a part that this one has no place for.
+        """
+        known = set(inspect.signature(cls.__init__).parameters)
+        image_options = inspect.signature(UNet2DConditionModel.__init__).parameters
+        config: dict[str, Any] = {}
+        for name, value in image_config.items():
+            if name in known:
+                config[name] = value
+            elif name in image_options and value not in (None, image_options[name].default):
+                same_heads = (
+                    name == "num_attention_heads" and value == image_config["attention_head_dim"]
+                )
+                # without effect unless addition_embed_type is set
+                idle = name in {"addition_time_embed_dim", "addition_embed_type_num_heads"}
+                if not same_heads and not idle:
+                    raise ValueError(
+                        f"an image U-Net with {name}={value!r} cannot be inflated: this model has "
+                        "no place for it"
+                    )
+        return {**config, **options}
+
+    @classmethod
+    def from_unet2d(cls, unet2d: Any, **options: Any) -> "SeerUNetModel":
         """Inflate an image U-Net; its weights are copied, temporal layers are fresh identities.
 
         Args:
-            unet2d: any ``UNet2DConditionModel`` of the Stable Diffusion 1.x or 2.x kind, of any
+            unet2d: any diffusers ``UNet2DConditionModel`` of the Stable Diffusion 1.x or 2.x kind, of any
                 size: down, middle and up blocks with or without cross-attention, linear or
                 convolutional projections, one head count or one a block.
             options: arguments of this class that the image U-Net has not (``attention``,
@@ -195,22 +223,7 @@ class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         Raises:
             ValueError: the image U-Net has a part that this one has no place for.
         """
-        known = set(inspect.signature(cls.__init__).parameters)
-        image_options = inspect.signature(UNet2DConditionModel.__init__).parameters
-        config: dict[str, Any] = {}
-        for name, value in unet2d.config.items():
-            if name in known:
-                config[name] = value
-            elif name in image_options and value not in (None, image_options[name].default):
-                if name == "num_attention_heads" and value == unet2d.config.attention_head_dim:
-                    continue
-                if name in {"addition_time_embed_dim", "addition_embed_type_num_heads"}:
-                    continue  # without effect unless addition_embed_type is set
-                raise ValueError(
-                    f"an image U-Net with {name}={value!r} cannot be inflated: this model has no "
-                    "place for it"
-                )
-        model = cls(**{**config, **options})
+        model = cls(**cls.inflated_config(dict(unet2d.config), **options))
         missing, extra = model.load_state_dict(unet2d.state_dict(), strict=False)
         missing = [key for key in missing if "temporal_attentions." not in key]
         if missing or extra:
@@ -219,13 +232,14 @@ class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
                 f"unexpected {extra[:3]}"
             )
         weight = unet2d.conv_in.weight
-        return model.to(device=weight.device, dtype=weight.dtype)
+        # the plain method: diffusers' own warns about casting whenever a dtype is given
+        return nn.Module.to(model, device=weight.device, dtype=weight.dtype)
 
-    def _blocks(self) -> list[nn.Module]:
-        middle = [] if self.mid_block is None else [self.mid_block]
+    def _blocks(self) -> list[Any]:
+        middle: list[Any] = [] if self.mid_block is None else [self.mid_block]
         return [*self.down_blocks, *middle, *self.up_blocks]
 
-    def _attention_blocks(self) -> Iterator[nn.Module]:
+    def _attention_blocks(self) -> Iterator[Any]:
         for block in self._blocks():
             if len(getattr(block, "attentions", ())) > 0:
                 yield block

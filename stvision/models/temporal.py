@@ -1,6 +1,6 @@
 """The temporal transformer that inflation puts behind every spatial transformer."""
 
-from typing import Any
+from typing import Any, cast
 
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class TemporalBlock(nn.Module):
         """
         normed = self.norm1(tokens)
         if packed:
-            tokens = tokens + self.attn1.attend(normed, layout)
+            tokens = tokens + cast(VolumeAttention, self.attn1).attend(normed, layout)
         else:
             tokens = tokens + self.attn1(normed.unflatten(1, layout.grid)).flatten(1, 3)
         if skip_frames == 0:

@@ -1,0 +1,75 @@
+"""``stvision convert``: published weights into a pipeline folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass
+class Command:
+    """Turn published weights into a pipeline folder."""
+
+    kind: Annotated[Literal["seer"], tyro.conf.Positional]
+    """What the weights are of: "seer", the folders that Seer's authors released."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """Released folder with pytorch_model.bin (U-Net) and pytorch_model_1.bin (decomposer)."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Pipeline folder to write."""
+
+    sd: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """Stable Diffusion 1.5 for VAE, text encoder, tokenizer and sizes: a diffusers folder or a
+    hub name."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the written weights."""
+
+    schedule: Literal["sd", "authors"] = "sd"
+    """Noise schedule for sampling: Stable Diffusion's own, or that of the authors' sampler."""
+
+    num_frames: int = 16
+    """Frames that the weights were trained on, reference frames included (SSv2 release: 12)."""
+
+    num_reference_frames: int = 1
+    """Reference frames that they were trained on (SSv2 release: 2)."""
+
+
+def run(command: Command) -> None:
+    """Convert, write, and say where."""
+    if command.output.exists() and (not command.output.is_dir() or any(command.output.iterdir())):
+        raise FileExistsError(f"{command.output} exists and is not an empty folder")
+
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    from stvision.models.convert_seer import convert_seer
+    from stvision.models.sampling import make_scheduler
+    from stvision.pipelines.seer import SeerPipeline
+
+    dtype = getattr(torch, command.dtype)
+    config = UNet2DConditionModel.load_config(command.sd, subfolder="unet")
+    unet, fstext = convert_seer(command.path, config)
+    torch.nn.Module.to(unet, dtype)
+    torch.nn.Module.to(fstext, dtype)
+    pipeline = SeerPipeline(
+        vae=AutoencoderKL.from_pretrained(command.sd, subfolder="vae", torch_dtype=dtype),
+        unet=unet,
+        fstext=fstext,
+        scheduler=make_scheduler(command.schedule),
+        tokenizer=AutoTokenizer.from_pretrained(command.sd, subfolder="tokenizer"),
+        text_encoder=CLIPTextModel.from_pretrained(
+            command.sd, subfolder="text_encoder", dtype=dtype
+        ),
+        num_frames=command.num_frames,
+        num_reference_frames=command.num_reference_frames,
+        height=256,
+        width=256,
+    )
+    pipeline.save_pretrained(command.output)
+    parameters = sum(p.numel() for p in (*unet.parameters(), *fstext.parameters()))
+    print(f"wrote {command.output} ({parameters / 1e6:.1f} M converted parameters)")
