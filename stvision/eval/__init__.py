@@ -1,0 +1,1 @@
+"""Metrics and benchmark formats: pure functions on arrays and records."""
