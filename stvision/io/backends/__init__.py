@@ -1,0 +1,1 @@
+"""Decoders behind one interface (``stvision.io.reader.VideoReader``), one file each."""
