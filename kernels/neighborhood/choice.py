@@ -7,16 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
+from stvision.kernels.neighborhood.triton_tiles import supports
 from stvision.kernels.neighborhood.windows import Axis
 
 BACKENDS = ("triton", "flex", "blocked", "reference")
-#: order in which an automatic choice tries the backends, by device type
-AUTOMATIC: dict[str, tuple[str, ...]] = {}
-AUTOMATIC_ELSEWHERE = ("blocked", "reference")
+#: order in which an automatic choice tries the backends; "triton" joins once its kernels have
+#: passed the tests marked ``gpu`` on a device
+AUTOMATIC = ("blocked", "reference")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-#: Triton's interpreter runs kernels on the CPU, for tests
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is on, which runs kernels on the CPU for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,12 @@ class Choice:
 def _why_not_triton(request: Request) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
-    if request.device.type != "cuda" and not INTERPRETED:
+    if request.device.type != "cuda" and not interpreted():
         return f"needs a GPU, the tensors are on {request.device}"
     if request.dtype == torch.float64:
         return "float64 is not supported"
+    if not supports(request.axes):
+        return "query_map='center' or 'start' together with dilation is not supported"
     if max(request.head_dim, request.value_dim) > 256:
         return f"head_dim is at most 256, not {max(request.head_dim, request.value_dim)}"
     return None
@@ -106,12 +112,13 @@ def choose(request: Request, backend: str | None) -> Choice:
             raise ValueError(f"backend {backend!r} cannot run this call: {reasons[backend]}")
         chosen = backend
     else:
-        order = AUTOMATIC.get(request.device.type, AUTOMATIC_ELSEWHERE)
-        chosen = next(name for name in order if name not in reasons)
+        chosen = next(name for name in AUTOMATIC if name not in reasons)
     for name in BACKENDS:
         if name != chosen and name not in reasons:
             if backend is not None:
                 reasons[name] = "could run, but another was asked for"
+            elif name in AUTOMATIC:
+                reasons[name] = f"could run, but comes after {chosen}"
             else:
-                reasons[name] = f"could run, expected to be slower on {request.device.type}"
+                reasons[name] = "could run, but only when asked for"
     return Choice(chosen, reasons)

@@ -1,0 +1,237 @@
+"""Launch the Triton kernels: layouts, tables and shapes. Imported only when this backend runs."""
+
+import math
+from typing import Any
+
+import torch
+
+from stvision.kernels.neighborhood import blocked, triton_kernels
+from stvision.kernels.neighborhood.choice import interpreted
+from stvision.kernels.neighborhood.triton_tiles import Tiles, choose_tiles, on_device, three_axes
+from stvision.kernels.neighborhood.windows import Axis
+
+
+def _grid3(x: torch.Tensor) -> torch.Tensor:
+    """(B, *grid, heads, d) with three grid axes and a dense last axis; a view where it can be."""
+    while x.dim() < 6:
+        x = x.unsqueeze(1)
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+def _descriptors(k: torch.Tensor, v: torch.Tensor, box: tuple[int, ...]) -> tuple[Any, Any] | None:
+    """Tensor-map descriptors of K and V, or ``None`` where the hardware or layout forbids them."""
+    if not interpreted() and (
+        torch.version.hip or torch.cuda.get_device_capability(k.device)[0] < 9
+    ):
+        return None
+    found = []
+    for x in (k, v):
+        size = x.shape[-1]
+        if size < 16 or size & (size - 1) or x.stride(-2) != size or max(box) > 256:
+            return None
+        strides = [*x.stride()[:4], 1]
+        if x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in strides[:4]):
+            return None
+        if any(s <= 0 for s in strides):
+            return None
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        shape = [*x.shape[:4], x.shape[4] * size]
+        found.append(TensorDescriptor(x, shape, strides, [1, *box, size]))
+    return found[0], found[1]
+
+
+def _sizes(tile: tuple[int, ...] | None, axes: tuple[Axis, ...], dim: int, bytes_: int) -> Tiles:
+    filled = three_axes(axes)
+    chosen = choose_tiles(filled, dim, bytes_)
+    if tile is None:
+        return chosen
+    query = (1,) * (3 - len(tile)) + tuple(tile)
+    if any(size & (size - 1) for size in query) or math.prod(query) < 16:
+        raise ValueError(
+            f"q_tile_shape must hold powers of two with a product of at least 16, not {tile}"
+        )
+    return Tiles((query[0], query[1], query[2]), chosen.key, chosen.warps, chosen.stages)
+
+
+def _common(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    axes: tuple[Axis, Axis, Axis],
+    tiles: Tiles,
+    rpb: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+) -> tuple[list[Any], dict[str, Any]]:
+    """Strides and constants that all kernels take in the same places."""
+    numbers = [*q.shape[1:4], *k.shape[1:4]]
+    for x in (q, k, v):
+        numbers += x.stride()[:5]
+    names = ("QT", "QH", "QW", "KT", "KH", "KW", "DT", "DH", "DW", "WT", "WH", "WW")
+    values = (
+        *tiles.query,
+        *tiles.key,
+        *(axis.dilation for axis in axes),
+        *(axis.window for axis in axes),
+    )
+    constants = dict(zip(names, values, strict=True))
+    d, dv = q.shape[-1], v.shape[-1]
+    constants |= {
+        "D": d,
+        "DV": dv,
+        "BD": max(16, 1 << (d - 1).bit_length()),
+        "BDV": max(16, 1 << (dv - 1).bit_length()),
+        "HAS_BIAS": rpb is not None,
+        "HAS_MASK": key_mask is not None,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+    return numbers, constants | {"PRECISION": _precision(q.dtype)}
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rpb: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    axes: tuple[Axis, ...],
+    scale: float,
+    tile: tuple[int, ...] | None = None,
+    boxes: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, *grid, H, dv) and float32 log-sum-exp (B, *grid, H).
+
+    Args:
+        query, key, value, rpb, key_mask, axes, scale: the problem.
+        tile: queries of a tile per axis; chosen when not given.
+        boxes: load keys through tensor descriptors; ``None`` does where the device can.
+    """
+    tiles = _sizes(tile, axes, max(key.shape[-1], value.shape[-1]), query.element_size())
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    if not out.numel():
+        return out, lse
+    q, k, v = _grid3(query), _grid3(key), _grid3(value)
+    filled = three_axes(axes)
+    tables = on_device(filled, tiles.query, "query", str(q.device))
+    bounds = on_device(filled, tiles.query, "bounds", str(q.device))
+    numbers, constants = _common(q, k, v, filled, tiles, rpb, key_mask)
+    descriptors = None
+    if boxes is not False and all(axis.dilation == 1 for axis in axes):
+        descriptors = _descriptors(k, v, tiles.key)
+    if boxes and descriptors is None:
+        raise ValueError("tensor descriptors cannot load these keys: dilation, head_dim or strides")
+    heads = q.shape[-2]
+    counts = [len(table) for table in tables]
+    programs = math.prod(counts) * q.shape[0] * heads
+    triton_kernels.forward_kernel[(programs,)](
+        q,
+        *(descriptors or (k, v)),
+        q if rpb is None else rpb.contiguous(),
+        q if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        out,
+        lse,
+        *tables,
+        *bounds,
+        *counts,
+        heads,
+        heads // k.shape[-2],
+        scale,
+        *numbers,
+        **constants,
+        BOXES=descriptors is not None,
+    )
+    return out, lse
+
+
+def backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rpb: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    axes: tuple[Axis, ...],
+    scale: float,
+    tile: tuple[int, ...] | None = None,
+    deterministic: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of query, key, value and rpb. Always deterministic: no kernel uses atomics.
+
+    The gradient of ``rpb`` needs sums over all tiles, which these kernels do not form: with ``rpb``
+    the whole backward runs on the blocked path.
+    """
+    if rpb is not None:
+        return blocked.backward(
+            grad_out, grad_lse, query, key, value, rpb, key_mask, out, lse, axes, scale
+        )
+    grad_q, grad_k, grad_v = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
+    )
+    if not query.numel():
+        return grad_q, grad_k, grad_v, None
+    size = max(key.shape[-1], value.shape[-1])
+    # two products more live at once than in the forward, so the boxes are those of twice the size
+    tiles = _sizes(tile, axes, 2 * size, query.element_size())
+    q, k, v = _grid3(query), _grid3(key), _grid3(value)
+    filled = three_axes(axes)
+    grad_out = grad_out.contiguous()
+    delta = (grad_out.float() * out).sum(-1) - grad_lse
+    lse = lse.contiguous()
+    bounds = on_device(filled, tiles.query, "bounds", str(q.device))
+    numbers, constants = _common(q, k, v, filled, tiles, rpb, key_mask)
+    mask = q if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    batch, heads, kv_heads = q.shape[0], q.shape[-2], k.shape[-2]
+    tables = on_device(filled, tiles.query, "query", str(q.device))
+    counts = [len(table) for table in tables]
+    triton_kernels.query_gradient_kernel[(math.prod(counts) * batch * heads,)](
+        q,
+        k,
+        v,
+        q,
+        mask,
+        grad_out,
+        lse,
+        delta,
+        grad_q,
+        *tables,
+        *bounds,
+        *counts,
+        heads,
+        heads // kv_heads,
+        scale,
+        *numbers,
+        **constants,
+    )
+    tables = on_device(filled, tiles.key, "key", str(q.device))
+    counts = [len(table) for table in tables]
+    triton_kernels.key_gradient_kernel[(math.prod(counts) * batch * kv_heads,)](
+        q,
+        k,
+        v,
+        q,
+        mask,
+        grad_out,
+        lse,
+        delta,
+        grad_k,
+        grad_v,
+        *tables,
+        *bounds,
+        *counts,
+        kv_heads,
+        heads // kv_heads,
+        scale,
+        *numbers,
+        **constants,
+    )
+    return grad_q, grad_k, grad_v, None
