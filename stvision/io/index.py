@@ -117,7 +117,7 @@ def build_index(source: Any) -> FrameIndex:
     with open_container(source) as container:
         stream = video_stream(container, source)
         ignore_others(container, stream)
-        codec = stream.codec_context.name
+        codec = stream.codec_context.codec.canonical_name
         packets: list[tuple[int | None, int, bool]] = []
         damaged = 0
         last_end = 0
