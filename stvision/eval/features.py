@@ -158,7 +158,8 @@ class VideoMAEFeatures:
         side = self.network.config.image_size
         self.name = f"VideoMAE {Path(model).name}"
         self.num_frames: int | None = self.network.config.num_frames
-        self.size: tuple[int, int] | None = (side, side) if isinstance(side, int) else tuple(side)
+        height, width = (side, side) if isinstance(side, int) else side
+        self.size: tuple[int, int] | None = (height, width)
         self._mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1, 1)
         self._std = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1, 1)
 

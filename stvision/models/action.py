@@ -141,7 +141,7 @@ class ActionClassifier(ModelMixin, ConfigMixin):
     def classify(self, frames: Tensor) -> list[str]:
         """Name of the most likely class of each clip ``(B, C, T, H, W)`` in [-1, 1]."""
         names = self.class_names
-        return [names[i] for i in self(frames).argmax(-1).tolist()]
+        return [names[i] for i in self.head(self.features(frames)).argmax(-1).tolist()]
 
 
 def augment_clips(

@@ -67,6 +67,9 @@ class ShiftTolerantLPIPS(nn.Module):
         ValueError: the file lacks one of the network's tensors.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
         path = packaged_weights() if weights is None else Path(weights)
