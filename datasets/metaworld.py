@@ -2,7 +2,8 @@
 
 :func:`render` plays episodes of chosen tasks in parallel processes and writes one small video for
 each camera and one index for all, which :class:`stvision.datasets.clips.ClipFolder` reads. Tasks,
-sentences and shared scenes stand in :mod:`stvision.datasets.metaworld_tasks`.
+sentences and shared scenes stand in :mod:`stvision.datasets.metaworld_tasks`, cameras in
+:mod:`stvision.datasets.metaworld_simulator`.
 
 Source: Yu et al., "Meta-World: A Benchmark and Evaluation for Multi-Task and Meta Reinforcement
 Learning", CoRL 2019 (distribution ``metaworld``, version 3 environments, MuJoCo physics).
@@ -10,11 +11,10 @@ Learning", CoRL 2019 (distribution ``metaworld``, version 3 environments, MuJoCo
 
 import json
 import os
+import signal
 import sys
-import warnings
-import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -24,6 +24,14 @@ from typing import Any
 
 import numpy as np
 
+from stvision.datasets.metaworld_simulator import (
+    MODEL_CAMERAS,
+    VIEWS,
+    Settings,
+    Simulator,
+    View,
+    choose_gl,
+)
 from stvision.datasets.metaworld_tasks import (
     CAPTIONS,
     DEFAULT_TASKS,
@@ -33,77 +41,36 @@ from stvision.datasets.metaworld_tasks import (
 )
 from stvision.optional import require
 
+__all__ = [
+    "CAPTIONS",
+    "DEFAULT_TASKS",
+    "MODEL_CAMERAS",
+    "SCENES",
+    "SHARED_SCENES",
+    "VIEWS",
+    "RenderSummary",
+    "Settings",
+    "SharedScene",
+    "Simulator",
+    "View",
+    "choose_gl",
+    "render",
+    "split_of",
+]
+
 INDEX_NAME = "index.jsonl"
+#: finished episodes, one line each, written by the workers as they go
 JOURNAL_NAME = ".episodes.jsonl"
 
-#: a metaworld environment sets nothing but these arrays of its model at a reset
-_MODEL_ARRAYS = ("body_pos", "body_quat", "geom_pos", "site_pos", "site_rgba")
-#: what a picture depends on, apart from the model
-_POSE_ARRAYS = ("geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat")
-#: first coordinate of the object, after those of the arm and the two fingers
-_OBJECT_COORDINATE = 9
-
-
-@dataclass(frozen=True)
-class View:
-    """A camera that looks at a point.
-
-    Args:
-        lookat: that point; x to the robot's right, y away from the robot, z up, metres.
-        distance: from the camera to the point, metres.
-        azimuth: direction of view in the plane, degrees; 90 looks away from the robot.
-        elevation: direction of view against the plane, degrees; negative looks down.
-        fovy: vertical angle of view, degrees.
-    """
-
-    lookat: tuple[float, float, float]
-    distance: float
-    azimuth: float
-    elevation: float
-    fovy: float = 40.0
-
-
-#: views that frame the working space closely enough for small pictures
-VIEWS: dict[str, View] = {
-    "workspace": View((0.0, 0.64, 0.14), 0.98, 145.0, -33.0),
-    "workspace-left": View((-0.02, 0.65, 0.12), 0.92, 35.0, -33.0),
-    "front": View((0.0, 0.65, 0.12), 1.0, 270.0, -30.0),
-    "overhead": View((0.0, 0.68, 0.1), 1.15, 90.0, -89.0),
-}
-
-#: Meta-World's own cameras; the picture of ``corner`` is turned by 180 degrees, since it stands on
-#: its head in the model files
-MODEL_CAMERAS: tuple[str, ...] = (
-    "corner",
-    "corner2",
-    "corner3",
-    "corner4",
-    "topview",
-    "behindGripper",
-    "gripperPOV",
-)
-
-
-def choose_gl() -> str:
-    """Choose MuJoCo's OpenGL platform for this process and the processes that it starts.
-
-    ``MUJOCO_GL`` wins where it is set; else ``egl`` where a GPU's device file is present and
-    ``osmesa`` (software) where none is. It has to be called before ``mujoco`` is first imported.
-
-    Returns:
-        The name that is now in ``MUJOCO_GL``.
-    """
-    if not os.environ.get("MUJOCO_GL"):
-        gpu = Path("/dev/nvidiactl").exists() or any(Path("/dev/dri").glob("renderD*"))
-        os.environ["MUJOCO_GL"] = "egl" if gpu else "osmesa"
-    return os.environ["MUJOCO_GL"]
+#: simulators (and OpenGL contexts) that a worker keeps
+_KEPT_SIMULATORS = 4
 
 
 def split_of(seed: int, validation: float = 0.05, test: float = 0.05) -> str:
     """The split to which all episodes of one seed belong, whatever the number of episodes.
 
     Seeds are spread evenly by multiples of the golden ratio, so that any run of consecutive seeds
-    holds the shares asked for.
+    holds about the shares asked for.
 
     Args:
         seed: of the episode.
@@ -114,301 +81,365 @@ def split_of(seed: int, validation: float = 0.05, test: float = 0.05) -> str:
         "train", "validation" or "test".
     """
     place = (seed * 0.6180339887498949) % 1.0
-    if place < test:
+    if place >= 1.0 - test:
         return "test"
-    return "validation" if place < test + validation else "train"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides how an episode looks; a folder holds episodes of one setting only.
-
-    Args:
-        cameras: names out of :data:`VIEWS` and :data:`MODEL_CAMERAS`.
-        height: of the pictures, pixels.
-        width: of the pictures, pixels.
-        num_frames: frames kept of an episode, evenly over its length.
-        tail: steps (of 12.5 ms) that an episode goes on after its success.
-        max_steps: steps after which an episode without success has failed.
-        same_start: let tasks that share a scene begin alike (see
-            :class:`~stvision.datasets.metaworld_tasks.SharedScene`).
-        crf: quality of the H.264 encoder, 0 (lossless) to 51.
-    """
-
-    cameras: tuple[str, ...] = ("workspace",)
-    height: int = 64
-    width: int = 64
-    num_frames: int = 16
-    tail: int = 16
-    max_steps: int = 250
-    same_start: bool = True
-    crf: int = 12
-
-    def __post_init__(self) -> None:
-        known = (*VIEWS, *MODEL_CAMERAS)
-        for camera in self.cameras:
-            if camera not in known:
-                raise ValueError(f"cameras: {camera!r} is none of {', '.join(known)}")
-        if not self.cameras or len(set(self.cameras)) != len(self.cameras):
-            raise ValueError(f"cameras: need distinct names, got {self.cameras}")
-        for name, low in (("height", 16), ("width", 16), ("num_frames", 2), ("max_steps", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if self.height % 2 or self.width % 2:
-            raise ValueError(f"height and width must be even, got {self.height}x{self.width}")
-        if self.tail < 0:
-            raise ValueError(f"tail must not be negative, got {self.tail}")
+    return "validation" if place >= 1.0 - test - validation else "train"
 
 
 @dataclass
-class Episode:
-    """One played episode, before any picture is made of it.
+class RenderSummary:
+    """What a call of :func:`render` left behind.
 
     Args:
-        success: whether the task was solved.
-        dt: seconds between two steps.
-        poses: per step, what a picture depends on.
-        markers: (position, colour) of goal marks that the pictures show in addition.
+        index: path of the JSON-lines index.
+        episodes: solved episodes in the folder, earlier calls included.
+        clips: lines of the index (one an episode and camera).
+        failed: task -> seeds that the policy did not solve, which have no clip.
+        rendered: episodes played by this call.
+        seconds: wall time of this call.
     """
 
-    success: bool
-    dt: float
-    poses: list[tuple[np.ndarray, ...]]
-    markers: list[tuple[np.ndarray, tuple[float, ...]]] = field(default_factory=list)
+    index: Path
+    episodes: int
+    clips: int
+    failed: dict[str, list[int]] = field(default_factory=dict)
+    rendered: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        dropped = sum(map(len, self.failed.values()))
+        text = (
+            f"{self.episodes} episodes in {self.clips} clips, "
+            f"{self.rendered} of them played now in {self.seconds:.1f} s"
+        )
+        if dropped:
+            tasks = ", ".join(f"{task} {len(seeds)}" for task, seeds in self.failed.items())
+            text += f"; {dropped} failed and were dropped ({tasks})"
+        return f"{text}; index {self.index}"
 
 
-class Simulator:
-    """Plays and pictures episodes of one task; slow to make, so made once and used for many seeds.
+def render(
+    root: str | os.PathLike[str],
+    *,
+    tasks: Sequence[str] = DEFAULT_TASKS,
+    episodes: int = 100,
+    first_seed: int = 0,
+    cameras: Sequence[str] = ("workspace",),
+    size: int | tuple[int, int] = 64,
+    num_frames: int = 16,
+    same_start: bool = True,
+    tail: int = 16,
+    max_steps: int = 250,
+    crf: int = 12,
+    lossless: bool = False,
+    validation: float = 0.05,
+    test: float = 0.05,
+    workers: int | None = None,
+    progress: bool = True,
+) -> RenderSummary:
+    """Render episodes of Meta-World tasks into a folder of clips with one index.
+
+    Every task is played for the seeds ``first_seed`` to ``first_seed + episodes - 1``. An episode
+    ends ``tail`` steps after its success; ``num_frames`` frames are taken evenly over it, with
+    their true times in seconds. Episodes whose policy fails are dropped and counted. A call that
+    was interrupted goes on where it stopped, and a call with more tasks or episodes adds them.
+
+    The index ``index.jsonl`` has one line a clip: path (relative to the folder), caption, captions
+    (all phrasings), task, scene, seed, camera, success, fps, split, num_frames, duration (seconds
+    from the first to the last frame).
 
     Args:
-        task: name out of Meta-World's version 3 tasks, such as ``"drawer-open-v3"``.
-        settings: see :class:`Settings`.
+        root: folder to write to.
+        tasks: Meta-World task names; see :data:`DEFAULT_TASKS` and :data:`CAPTIONS`.
+        episodes: seeds played a task.
+        first_seed: the first of them.
+        cameras: names out of :data:`VIEWS` (framed for small pictures) and :data:`MODEL_CAMERAS`.
+        size: pixels: side of a square or (height, width), even.
+        num_frames: frames kept of an episode.
+        same_start: tasks that share a scene begin with the same picture for the same seed, so that
+            only the sentence tells them apart; otherwise as Meta-World begins them.
+        tail: steps of 12.5 ms after success.
+        max_steps: steps after which an episode has failed.
+        crf: quality of the H.264 encoder, 0 to 51; lower is better.
+        lossless: keep every value of the pictures.
+        validation: share of seeds in the "validation" split.
+        test: share of seeds in the "test" split.
+        workers: processes; by default the cores that this process may use.
+        progress: show a progress bar.
+
+    Returns:
+        What lies in the folder now.
 
     Raises:
-        ValueError: ``task`` is unknown.
-        ImportError: ``metaworld`` or ``mujoco`` is missing.
-        RuntimeError: no OpenGL context can be made.
+        ValueError: an unknown task or camera, a size out of range, or a folder that holds episodes
+            of other settings.
+        ImportError: ``metaworld`` is not installed.
+        RuntimeError: no OpenGL context could be made, or a worker died.
     """
+    height, width = (size, size) if isinstance(size, int) else size
+    settings = Settings(
+        cameras=tuple(cameras),
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        tail=tail,
+        max_steps=max_steps,
+        same_start=same_start,
+        crf=crf,
+        lossless=lossless,
+    )
+    for name in tasks:
+        if name not in CAPTIONS:
+            raise ValueError(f"tasks: {name!r} is none of {', '.join(CAPTIONS)}")
+    if len(set(tasks)) != len(tasks) or not tasks:
+        raise ValueError(f"tasks: need distinct names, got {list(tasks)}")
+    if episodes < 1 or first_seed < 0:
+        raise ValueError(
+            f"episodes must be at least 1 and first_seed 0, got {episodes} and {first_seed}"
+        )
+    if min(validation, test) < 0 or validation + test > 1:
+        raise ValueError(f"validation {validation} and test {test} are shares of at most 1 in all")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    _check_installed()
 
-    def __init__(self, task: str, settings: Settings) -> None:
-        choose_gl()
+    from time import perf_counter
+
+    began = perf_counter()
+    folder = Path(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = _Journal(folder, settings)
+    wanted = [
+        (task, seed)
+        for task in tasks
+        for seed in range(first_seed, first_seed + episodes)
+        if (task, seed) not in journal.done
+    ]
+    for task in tasks:
+        for leftover in (folder / task).glob(".*.mp4"):
+            leftover.unlink()  # of a process that was killed while it wrote
+    try:
+        if wanted:
+            _play_all(folder, settings, wanted, workers or _cores(), progress)
+    finally:
+        # also after an interruption: what is finished can be read
+        journal = _Journal(folder, settings)
+        clips = _write_index(folder, journal, settings, validation, test)
+    failed: dict[str, list[int]] = {}
+    for (task, seed), entry in sorted(journal.done.items()):
+        if not entry["success"]:
+            failed.setdefault(task, []).append(seed)
+    solved = sum(bool(entry["success"]) for entry in journal.done.values())
+    return RenderSummary(
+        folder / INDEX_NAME, solved, clips, failed, len(wanted), perf_counter() - began
+    )
+
+
+def _check_installed() -> None:
+    # found, not imported: mujoco must not be loaded before its OpenGL platform is chosen
+    from importlib.util import find_spec
+
+    if find_spec("metaworld") is None or find_spec("mujoco") is None:
         require("metaworld", extra="sim")
-        env_dict = require("metaworld.env_dict", extra="sim")
-        self._policies = require("metaworld.policies", extra="sim").ENV_POLICY_MAP
-        self._mujoco = require("mujoco", extra="sim")
-        self.task, self.settings = task, settings
-        classes = env_dict.ALL_V3_ENVIRONMENTS
-        if task not in classes:
-            raise ValueError(f"task {task!r} is none of {', '.join(sorted(classes))}")
-        self.scene: SharedScene | None = None
-        if settings.same_start and SCENES.get(task) in SHARED_SCENES:
-            self.scene = SHARED_SCENES[SCENES[task]]
-        self.env = self._make_env(classes[task])
-        self._pristine = {name: getattr(self.env.model, name).copy() for name in _MODEL_ARRAYS}
-        self._renderer: Any = None
-        self._area = 1
-        self._arm: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
-    def _make_env(self, environment: type) -> Any:
-        if self.scene is not None and self.scene.model is not None:
-            paths = require("metaworld.asset_path_utils", extra="sim")
-            model = paths.full_V3_path_for(f"sawyer_xyz/{self.scene.model}.xml")
-            environment = type(
-                environment.__name__, (environment,), {"model_name": property(lambda _: model)}
-            )
-        env: Any = environment()
-        # the goal is part of what the policy sees, as in Meta-World's multi-task benchmarks
-        env._partially_observable = False
-        if self.scene is not None:
-            # observed goals are clipped to this box, which a scene's goals may leave
-            box = require("gymnasium", extra="sim").spaces.Box
-            env.goal_space = box(np.full(3, -2.0), np.full(3, 2.0), dtype=np.float64)
-        env.__dict__.pop("sawyer_observation_space", None)
-        env._set_task_called = True
-        env.seeded_rand_vec = True
-        return env
 
-    def _draw(self, scene: SharedScene, seed: int) -> dict[str, np.ndarray]:
-        name = SCENES[self.task]
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        for _ in range(10_000):
-            values = {k: rng.uniform(low, high) for k, (low, high) in scene.variables.items()}
-            for key, (source, offset) in scene.derived.items():
-                values[key] = values[source] + np.asarray(offset)
-            if all(
-                np.linalg.norm(values[a][:2] - values[b][:2]) >= least
-                for a, b, least in scene.apart
-            ):
-                return values
-        raise RuntimeError(f"scene {name!r} leaves no room for its distances")
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
-    def _reset(self, seed: int) -> tuple[np.ndarray, list[tuple[np.ndarray, tuple[float, ...]]]]:
-        env, scene = self.env, self.scene
-        for name, array in self._pristine.items():
-            getattr(env.model, name)[:] = array
-        if scene is None:
-            env.seed(seed)
-            env._freeze_rand_vec = False
-            env.reset_model()
-            env._freeze_rand_vec = True
-            observation, _ = env.reset()
-            return observation, []
-        values = self._draw(scene, seed)
-        env.hand_init_pos = np.asarray(scene.hand)
-        env._last_rand_vec = np.concatenate([values[name] for name in scene.vectors[self.task]])
-        env._freeze_rand_vec = True
-        env.reset()
-        for body, name in scene.bodies.items():
-            env.model.body(body).pos = values[name]
-        # what a task's own reset leaves behind in the arm and the object differs a little from
-        # task to task; a shared beginning must not
-        data = env.data
-        if self._arm is None:
-            self._arm = self._settle_arm()
-        data.qpos[:_OBJECT_COORDINATE], data.mocap_pos[:], data.mocap_quat[:] = self._arm
-        data.qpos[_OBJECT_COORDINATE:] = env.model.qpos0[_OBJECT_COORDINATE:]
-        data.qvel[:] = 0.0
-        if scene.place is not None:
-            value = values[scene.place]
-            data.qpos[_OBJECT_COORDINATE : _OBJECT_COORDINATE + len(value)] = value
-        self._mujoco.mj_forward(env.model, env.data)
-        env._prev_obs = env._get_curr_obs_combined_no_goal()
-        observation = env._get_obs().astype(np.float64)
-        for name, _ in env._target_site_config or [("goal", None)]:
-            self._hide(name)
-        for name in ("goal", "goal_open", "goal_close", "goal_lock", "goal_unlock", "mug_goal"):
-            self._hide(name)
-        return observation, [(values[name], colour) for name, colour in scene.markers.items()]
 
-    def _settle_arm(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        env, mujoco = self.env, self._mujoco
-        data = mujoco.MjData(env.model)
-        contact = mujoco.mjtDisableBit.mjDSBL_CONTACT
-        env.model.opt.disableflags |= int(contact)
-        kept, env.data = env.data, data
-        try:
-            env._reset_hand()
-        finally:
-            env.data = kept
-            env.model.opt.disableflags &= ~int(contact)
-        return (
-            data.qpos[:_OBJECT_COORDINATE].copy(), data.mocap_pos.copy(), data.mocap_quat.copy()
-        )
+class _Journal:
+    """Finished episodes of a folder: a first line with the settings, then one line each."""
 
-    def _hide(self, site: str) -> None:
-        index = self._mujoco.mj_name2id(
-            self.env.model, self._mujoco.mjtObj.mjOBJ_SITE, site
-        )
-        if index >= 0:
-            self.env.model.site_rgba[index, 3] = 0.0
-
-    def play(self, seed: int) -> Episode:
-        """Play the episode of one seed; the same seed gives the same episode in any order.
-
-        Args:
-            seed: decides where objects and goals lie.
-        """
-        env, settings = self.env, self.settings
-        with warnings.catch_warnings():
-            # the scripted policies ask for more than the arm can do, and say so at every step
-            warnings.simplefilter("ignore")
-            observation, markers = self._reset(seed)
-            policy = self._policies[self.task]()
-            poses = [self._pose()]
-            first: int | None = None
-            while True:
-                done = len(poses) - 1
-                if first is None and done >= settings.max_steps:
-                    break
-                enough = max(settings.tail + (first or 0), settings.num_frames - 1)
-                if first is not None and done >= enough:
-                    break
-                action = np.clip(policy.get_action(observation), -1.0, 1.0)
-                observation, _, _, truncated, info = env.step(action)
-                poses.append(self._pose())
-                if first is None and float(info["success"]) > 0.5:
-                    first = len(poses) - 1
-                if truncated:
-                    break
-        return Episode(first is not None, float(env.dt), poses, markers)
-
-    def _pose(self) -> tuple[np.ndarray, ...]:
-        data = self.env.data
-        return tuple(getattr(data, name).copy() for name in _POSE_ARRAYS)
-
-    def _make_renderer(self) -> Any:
-        settings, model = self.settings, self.env.model
-        longest = max(settings.height, settings.width)
-        # small pictures: two samples a pixel and side, averaged, cost less than multisampling
-        self._area = 2 if longest <= 256 else 1
-        height, width = settings.height * self._area, settings.width * self._area
-        model.vis.quality.offsamples = 0 if self._area > 1 else 4
-        model.vis.quality.shadowsize = 1024 if longest <= 128 else 4096
-        model.vis.global_.offheight = max(height, model.vis.global_.offheight)
-        model.vis.global_.offwidth = max(width, model.vis.global_.offwidth)
-        try:
-            return self._mujoco.Renderer(model, height, width)
-        except Exception as error:  # noqa: BLE001  each platform fails in its own way
-            raise RuntimeError(
-                f"no OpenGL context with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); set "
-                "MUJOCO_GL to egl (GPU driver and libEGL), osmesa (libOSMesa) or glfw (a display)"
-            ) from error
-
-    def picture(self, episode: Episode, steps: Sequence[int], camera: str) -> np.ndarray:
-        """Pictures of chosen steps of an episode that this simulator has just played.
-
-        Args:
-            episode: what :meth:`play` returned last.
-            steps: which of its poses.
-            camera: name out of :data:`VIEWS` and :data:`MODEL_CAMERAS`.
-
-        Returns:
-            uint8 (len(steps), height, width, 3), RGB.
-        """
-        if self._renderer is None:
-            self._renderer = self._make_renderer()
-        env, settings = self.env, self.settings
-        view: Any = camera
-        if camera in VIEWS:
-            preset = VIEWS[camera]
-            view = self._mujoco.MjvCamera()
-            view.type = self._mujoco.mjtCamera.mjCAMERA_FREE
-            view.lookat[:] = preset.lookat
-            view.distance, view.azimuth = preset.distance, preset.azimuth
-            view.elevation = preset.elevation
-            env.model.vis.global_.fovy = preset.fovy
-        frames = np.empty((len(steps), settings.height, settings.width, 3), np.uint8)
-        for row, step in enumerate(steps):
-            for name, array in zip(_POSE_ARRAYS, episode.poses[step], strict=True):
-                getattr(env.data, name)[:] = array
-            self._renderer.update_scene(env.data, view)
-            for position, colour in episode.markers:
-                self._mark(position, colour)
-            frame = self._renderer.render()
-            if self._area > 1:
-                area = self._area
-                blocks = frame.reshape(settings.height, area, settings.width, area, 3)
-                total = blocks.sum(axis=(1, 3), dtype=np.uint16)
-                frame = ((total + area * area // 2) // (area * area)).astype(np.uint8)
-            frames[row] = frame[::-1, ::-1] if camera == "corner" else frame
-        return frames
-
-    def _mark(self, position: np.ndarray, colour: Sequence[float]) -> None:
-        scene = self._renderer.scene
-        if scene.ngeom >= scene.maxgeom:
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.path = folder / JOURNAL_NAME
+        self.done: dict[tuple[str, int], dict[str, Any]] = {}
+        mine = json.loads(json.dumps(asdict(settings)))
+        if not self.path.exists():
+            _append_line(self.path, {"settings": mine})
             return
-        self._mujoco.mjv_initGeom(
-            scene.geoms[scene.ngeom],
-            self._mujoco.mjtGeom.mjGEOM_SPHERE,
-            np.full(3, 0.02),
-            np.asarray(position, np.float64),
-            np.eye(3).ravel(),
-            np.asarray([*colour, 1.0], np.float32),
-        )
-        scene.ngeom += 1
+        for entry in _read_lines(self.path):
+            if "settings" in entry:
+                theirs = entry["settings"]
+                differing = [
+                    f"{name} is {theirs.get(name)!r} there and {value!r} here"
+                    for name, value in mine.items()
+                    if theirs.get(name) != value
+                ]
+                if differing:
+                    raise ValueError(
+                        f"{folder} holds episodes of other settings ({'; '.join(differing)}); "
+                        "choose another folder"
+                    )
+            elif all((folder / clip["path"]).exists() for clip in entry["clips"]):
+                self.done[entry["task"], entry["seed"]] = entry
 
-    def close(self) -> None:
-        """Free the OpenGL context."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+
+def _append_line(path: Path, entry: dict[str, Any]) -> None:
+    # one write in append mode: lines of several processes never mix
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, (json.dumps(entry) + "\n").encode())
+    finally:
+        os.close(descriptor)
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the end of a write that was killed
+            if isinstance(entry, dict):
+                yield entry
+
+
+def _play_all(
+    folder: Path,
+    settings: Settings,
+    wanted: list[tuple[str, int]],
+    workers: int,
+    progress: bool,
+) -> None:
+    from tqdm import tqdm
+
+    chosen = choose_gl()
+    workers = min(workers, len(wanted))
+    with tqdm(total=len(wanted), unit="episode", disable=not progress, desc="render") as bar:
+        if workers == 1:
+            for task, seed in wanted:
+                _play_one(folder, settings, task, seed)
+                bar.update()
+            _close_simulators()
+            return
+        # pieces of one task, so that a worker makes few simulators; small enough to share evenly
+        length = max(1, min(32, len(wanted) // (workers * 8)))
+        pieces: list[tuple[str, list[int]]] = []
+        for task, seed in wanted:
+            if pieces and pieces[-1][0] == task and len(pieces[-1][1]) < length:
+                pieces[-1][1].append(seed)
+            else:
+                pieces.append((task, [seed]))
+        pool = ProcessPoolExecutor(
+            workers,
+            # a forked process would share the OpenGL and thread state of this one
+            mp_context=get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(chosen, list(sys.path)),
+        )
+        try:
+            running: set[Future[int]] = {
+                pool.submit(_play_piece, str(folder), settings, task, seeds)
+                for task, seeds in pieces
+            }
+            while running:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    bar.update(future.result())
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a rendering process died (out of memory, or a crash in the OpenGL driver with "
+                f"MUJOCO_GL={chosen}); finished episodes are kept, run the same command again"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(gl: str, path: list[str]) -> None:
+    # Ctrl-C goes to the parent alone, which lets the running pieces come to an end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["MUJOCO_GL"] = gl
+    sys.path[:] = path
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _play_piece(folder: str, settings: Settings, task: str, seeds: list[int]) -> int:
+    for seed in seeds:
+        _play_one(Path(folder), settings, task, seed)
+    return len(seeds)
+
+
+_simulators: OrderedDict[tuple[str, Settings], Simulator] = OrderedDict()
+
+
+def _simulator(task: str, settings: Settings) -> Simulator:
+    key = (task, settings)
+    if key not in _simulators:
+        _simulators[key] = Simulator(task, settings)
+        while len(_simulators) > _KEPT_SIMULATORS:
+            _simulators.popitem(last=False)[1].close()
+    _simulators.move_to_end(key)
+    return _simulators[key]
+
+
+def _close_simulators() -> None:
+    while _simulators:
+        _simulators.popitem()[1].close()
+
+
+def _play_one(folder: Path, settings: Settings, task: str, seed: int) -> None:
+    """Play one episode, write its clips, then its line of the journal."""
+    import torch
+
+    from stvision.io import Clip, VideoWriter
+
+    simulator = _simulator(task, settings)
+    episode = simulator.play(seed)
+    entry: dict[str, Any] = {"task": task, "seed": seed, "success": episode.success, "clips": []}
+    if episode.success:
+        last = len(episode.poses) - 1
+        steps = np.round(np.linspace(0, last, settings.num_frames)).astype(int)
+        times = torch.from_numpy(steps * episode.dt)
+        fps = (settings.num_frames - 1) / (last * episode.dt)
+        for camera in settings.cameras:
+            frames = torch.from_numpy(simulator.picture(episode, steps.tolist(), camera))
+            path = Path(task) / f"{camera}-{seed:06d}.mp4"
+            (folder / path).parent.mkdir(exist_ok=True)
+            with VideoWriter(
+                folder / path, crf=settings.crf, lossless=settings.lossless, threads=1
+            ) as writer:
+                writer.write(Clip(frames, times, fps))
+            entry["clips"].append(
+                {
+                    "path": path.as_posix(),
+                    "camera": camera,
+                    "fps": fps,
+                    "num_frames": settings.num_frames,
+                    "duration": last * episode.dt,
+                }
+            )
+    _append_line(folder / JOURNAL_NAME, entry)
+
+
+def _write_index(
+    folder: Path, journal: _Journal, settings: Settings, validation: float, test: float
+) -> int:
+    lines = []
+    for (task, seed), entry in sorted(journal.done.items()):
+        captions = CAPTIONS[task]
+        if task == "push-back-v3" and not settings.same_start:
+            # Meta-World's own mark of that goal is green; the shared scene has a green one already
+            captions = tuple(caption.replace("yellow", "green") for caption in captions)
+        for clip in entry["clips"]:
+            line = {
+                "path": clip["path"],
+                "caption": captions[seed % len(captions)],
+                "captions": list(captions),
+                "task": task,
+                "scene": SCENES[task],
+                "seed": seed,
+                "camera": clip["camera"],
+                "success": True,
+                "fps": clip["fps"],
+                "split": split_of(seed, validation, test),
+                "num_frames": clip["num_frames"],
+                "duration": clip["duration"],
+            }
+            lines.append(json.dumps(line))
+    temporary = folder / f".{INDEX_NAME}.{os.getpid()}"
+    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, folder / INDEX_NAME)
+    return len(lines)
