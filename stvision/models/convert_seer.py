@@ -67,7 +67,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
         state: Any = load_file(path)
     else:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises many kinds
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(f"{path} is not a file of weights: {reason[0]}") from error

@@ -71,9 +71,7 @@ def test_gradients_of_windowed_causal_attention() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-def module_reference(
-    module: VolumeAttention, x: Tensor, mask: Tensor, positions: Tensor
-) -> Tensor:
+def module_reference(module: VolumeAttention, x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
     """The module's attention over all tokens with a mask, rotary written out, in float64."""
     weights = {name: value.double() for name, value in module.state_dict().items()}
     x = x.double()
