@@ -187,7 +187,7 @@ def evaluate_predictions(
         ),
         columns=summaries,
         rows=rows,
-        ratios=summary.ratios(columns) if classifier is not None else {},
+        comparisons=summary.comparisons(columns),
     )
 
 
@@ -278,7 +278,9 @@ class _Scorer:
 
     def _load(self, clips: list[Tensor]) -> Tensor:
         # [b, t, h, w, c] -> [b, t, c, h, w]
-        return to_unit_float(torch.stack(clips).to(self.device)).permute(0, 1, 4, 2, 3)
+        # units first: stacking 8-bit with floating-point clips would mix 255 with 1
+        units = [to_unit_float(clip.to(self.device)) for clip in clips]
+        return torch.stack(units).permute(0, 1, 4, 2, 3)
 
     def _similarity(self, rows: list[ClipRow], clips: Tensor, truths: Tensor) -> None:
         x, y = clips[:, self.start :], truths[:, self.start :]
@@ -343,11 +345,7 @@ class _Summary:
             values = [getattr(row, figure) for row in rows]
             setattr(summary, figure, self._mean([v for v in values if v is not None]))
         if name not in (REAL, COPY) and COPY in names:
-            copies = self.by_column[COPY]
-            pairs = [(row.psnr, copies[row.key].psnr) for row in rows]
-            summary.psnr_gain = self._mean(
-                [a - b for a, b in pairs if a is not None and b is not None]
-            )
+            summary.psnr_gain = self._difference(rows, self.by_column[COPY], "psnr")
         if not self.has_classifier:
             return summary
         shared = self._shared(rows)
@@ -360,18 +358,30 @@ class _Summary:
             summary.accuracy_of_real = self._ratio(rows, list(self.by_column[REAL].values()))
         return summary
 
-    def ratios(self, columns: list[str]) -> dict[str, Estimate | None]:
-        """Accuracy on shared scenes of the first column over that of every other one."""
+    def comparisons(self, columns: list[str]) -> dict[str, Estimate | None]:
+        """The first column against every other one, clip by clip."""
         if not columns:
             return {}
-        first = self._shared(list(self.by_column[columns[0]].values()))
-        return {
-            f"accuracy on shared scenes, {columns[0]} over {name}": self._ratio(
-                first, list(self.by_column[name].values())
-            )
-            for name in self.by_column
-            if name not in (REAL, columns[0])
-        }
+        main = columns[0]
+        rows = list(self.by_column[main].values())
+        found: dict[str, Estimate | None] = {}
+        for name, others in self.by_column.items():
+            if name in (REAL, main):
+                continue
+            for figure, unit in (("psnr", "PSNR (dB)"), ("ssim", "SSIM"), ("lpips", "LPIPS")):
+                difference = self._difference(rows, others, figure)
+                if difference is not None:
+                    found[f"{unit}, {main} minus {name}"] = difference
+            if self.has_classifier:
+                ratio = self._ratio(self._shared(rows), list(others.values()))
+                found[f"accuracy on shared scenes, {main} over {name}"] = ratio
+        return found
+
+    def _difference(
+        self, rows: list[ClipRow], others: dict[str, ClipRow], figure: str
+    ) -> Estimate | None:
+        pairs = [(getattr(row, figure), getattr(others[row.key], figure)) for row in rows]
+        return self._mean([a - b for a, b in pairs if a is not None and b is not None])
 
     def _shared(self, rows: list[ClipRow]) -> list[ClipRow]:
         return [row for row in rows if len(set(self.scene_tasks.get(row.scene, ()))) > 1]

@@ -108,13 +108,14 @@ class PredictionReport:
         protocol: what was counted and how: numbers and names that a reader needs to repeat it.
         columns: name of a column -> its summary; ``"real"`` comes first.
         rows: one entry a clip and column.
-        ratios: comparisons between columns by name, ``None`` where a column is missing or zero.
+        comparisons: the first predictor against each other column, clip by clip: differences of
+            similarity and ratios of accuracy, ``None`` where the accuracy below is zero.
     """
 
     protocol: dict[str, Any]
     columns: dict[str, ColumnSummary]
     rows: list[ClipRow]
-    ratios: dict[str, Estimate | None] = field(default_factory=dict)
+    comparisons: dict[str, Estimate | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: no number that JSON cannot hold."""
@@ -143,11 +144,11 @@ class PredictionReport:
             values = [c.distances.get(label) for c in self.columns.values()]
             cells = ["–" if v is None else f"{v:.4g}" for v in values]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        if self.ratios:
+        if self.comparisons:
             lines += ["", "| comparison | value |", "| --- | ---: |"]
             lines += [
                 f"| {name} | {_cell(value, 3) or 'not defined'} |"
-                for name, value in self.ratios.items()
+                for name, value in self.comparisons.items()
             ]
         lines += ["", *(f"- {name}: {value}" for name, value in self.protocol.items())]
         return "\n".join(lines) + "\n"

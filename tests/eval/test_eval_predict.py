@@ -97,7 +97,10 @@ def test_known_predictors_get_their_known_scores():
     assert shuffled.accuracy_shared.value == shuffled.accuracy_in_scene.value == 0
     assert shuffled.obeys.value == shuffled.obeys_shared.value == 1
     assert shuffled.accuracy_shared.count == 8
-    assert report.ratios["accuracy on shared scenes, perfect over shuffled"] is None
+    assert report.comparisons["accuracy on shared scenes, perfect over shuffled"] is None
+
+    difference = report.comparisons["PSNR (dB), perfect minus darker"]
+    assert difference.value == pytest.approx(PSNR_CAP - 20, abs=1e-3)
 
     # a tenth darker is 20 dB; a clip never goes below black here
     assert columns["darker"].psnr.value == pytest.approx(20, abs=1e-3)
@@ -106,7 +109,7 @@ def test_known_predictors_get_their_known_scores():
     # the still clip ties all channels and goes by 'red': a third of the tasks, half a scene's
     assert columns[COPY].accuracy.value == pytest.approx(1 / 3)
     assert columns[COPY].accuracy_in_scene.value == pytest.approx(1 / 2)
-    ratio = report.ratios[f"accuracy on shared scenes, perfect over {COPY}"]
+    ratio = report.comparisons[f"accuracy on shared scenes, perfect over {COPY}"]
     assert ratio.value == pytest.approx(2)
     assert perfect.distances[name] < columns[COPY].distances[name]
 
@@ -124,6 +127,16 @@ def test_similarity_counts_predicted_frames_only():
     gain = report.columns["darker"].psnr_gain.value
     expected = report.columns["darker"].psnr.value - report.columns[COPY].psnr.value
     assert gain == pytest.approx(expected)
+
+
+def test_8_bit_and_floating_point_predictions_share_a_batch():
+    items = []
+    for i in range(4):
+        truth = clip("red", i)
+        shown = truth if i % 2 else truth.float() / 255
+        items.append(PredictionCase(str(i), truth, "red", "table", {"m": Prediction(shown)}))
+    report = evaluate(items, batch_size=4)
+    assert all(row.psnr == PSNR_CAP for row in report.rows if row.column == "m")
 
 
 def test_classifying_within_the_scene_ignores_other_tasks():
