@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 #: What chooses noise: a generator, an integer seed, one of either per sample, or nothing.
@@ -161,7 +162,7 @@ def text_per_frame(states: Tensor, num_frames: int) -> Tensor:
 @torch.no_grad()
 def denoise(
     unet: nn.Module,
-    scheduler: Any,
+    scheduler: SchedulerMixin,
     noise: Tensor,
     reference: Tensor,
     text: Tensor,
@@ -212,10 +213,10 @@ def denoise(
     """
     guided = guidance_scale > 1 and negative_text is not None
     _check_shapes(noise, reference, text, negative_text if guided else None)
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    options = _step_options(scheduler, generator, eta, noise.shape[0])
-    latents = noise * scheduler.init_noise_sigma
+    solver: Any = copy.deepcopy(scheduler)
+    solver.set_timesteps(num_inference_steps, device=noise.device)
+    options = _step_options(solver, generator, eta, noise.shape[0])
+    latents = noise * solver.init_noise_sigma
     num_references = reference.shape[2]
     state = {"latents": latents, "text": text}
     if guided and negative_text is not None:
@@ -235,13 +236,13 @@ def denoise(
         unconditional, conditional = outputs
         return unconditional + guidance_scale * (conditional - unconditional)
 
-    for index, timestep in enumerate(scheduler.timesteps):
+    for index, timestep in enumerate(solver.timesteps):
         if interrupted is not None and interrupted():
             break
-        scaled = scheduler.scale_model_input(latents, timestep).to(reference.dtype)
+        scaled = solver.scale_model_input(latents, timestep).to(reference.dtype)
         sample = torch.cat([reference, scaled], dim=2)
         predicted = network(sample, timestep)[:, :, num_references:]
-        latents = scheduler.step(predicted, timestep, latents, **options, return_dict=False)[0]
+        latents = solver.step(predicted, timestep, latents, **options, return_dict=False)[0]
         latents = latents.to(noise.dtype)
         if not bool(torch.isfinite(latents).all()):
             layer = _first_bad_layer(unet, partial(network, sample, timestep))

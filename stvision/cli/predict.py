@@ -1,0 +1,166 @@
+"""``stvision predict``: the frames that follow a picture, as a sentence tells."""
+
+import json as json_module
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+#: How a file name ends -> what is written.
+SUFFIXES = {
+    ".mp4": "H.264 video",
+    ".gif": "animated picture",
+    ".png": "strip: all frames side by side",
+    ".jpg": "strip: all frames side by side",
+}
+
+
+@dataclass
+class Command:
+    """Predict a video from one or more frames and a sentence."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLIP_OR_IMAGE")]
+    """Video, GIF, folder of frames or single image that the prediction starts from."""
+
+    prompt: str
+    """What shall happen, such as "open the drawer"."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("prediction.mp4")
+    """File to write; its ending chooses the kind: .mp4, .gif, or .png/.jpg for a strip."""
+
+    model: str = "default"
+    """"default" for the model that ships, a pipeline folder, or a hub name "owner/name"."""
+
+    negative_prompt: str | None = None
+    """What shall not happen."""
+
+    num_frames: int | None = None
+    """Length of the video, start frames included (default: as trained; longer is rolled out)."""
+
+    num_reference_frames: int | None = None
+    """How many frames of the source to start from (default: as trained)."""
+
+    start: float = 0.0
+    """Second of the source clip at which the reference frames begin."""
+
+    size: tuple[int, int] | None = None
+    """Height and width in pixels (default: as trained)."""
+
+    fps: float | None = None
+    """Frames per second of the result (default: as trained)."""
+
+    num_inference_steps: Annotated[int | None, tyro.conf.arg(aliases=["--steps"])] = None
+    """Denoising steps (default: the model's own)."""
+
+    guidance_scale: Annotated[float | None, tyro.conf.arg(aliases=["--guidance"])] = None
+    """How strongly the sentence guides; 1 switches guidance off (default: the model's own)."""
+
+    seed: int = 0
+    """Seed of the noise; the same seed gives the same video."""
+
+    device: str | None = None
+    """"cpu", "cuda", "cuda:1" ... (default: a GPU when there is one)."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the networks."""
+
+    memory: str | None = None
+    """Memory that may be used, such as "8GB"; picks offload, chunk sizes and precision."""
+
+    local_files_only: bool = False
+    """Never ask the network for a model."""
+
+    json: bool = False
+    """Print one JSON object about the result instead of a sentence."""
+
+    quiet: bool = False
+    """No progress bars."""
+
+
+def run(command: Command) -> int:
+    """Check, load, predict, write, and say what was written."""
+    if command.output.suffix.lower() not in SUFFIXES:
+        kinds = ", ".join(f"{suffix} ({kind})" for suffix, kind in SUFFIXES.items())
+        raise ValueError(f"--output must end in one of {kinds}; got {str(command.output)!r}")
+    if not command.source.exists():
+        raise FileNotFoundError(f"no clip or image at {str(command.source)!r}")
+    if command.start < 0:
+        raise ValueError(f"--start must be at least 0 seconds, got {command.start}")
+
+    from stvision.pipelines.seer import SeerPipeline
+
+    # Sizes are checked before any weight is loaded.
+    hub = {"local_files_only": True} if command.local_files_only else {}
+    if command.size is not None:
+        SeerPipeline.size_rules(command.model, **hub).check(*command.size)
+
+    import torch
+
+    from stvision.pipelines.conditioning import source_clip
+
+    began = time.perf_counter()
+    pipeline = SeerPipeline.from_pretrained(
+        command.model, torch_dtype=getattr(torch, command.dtype), **hub
+    )
+    pipeline.set_progress_bar_config(disable=command.quiet or command.json)
+    device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if command.memory is not None:
+        plan = pipeline.fit_memory(command.memory, device=device, verbose=not command.json)
+    else:
+        plan = None
+        pipeline.to(device)
+    loaded = time.perf_counter()
+
+    fps = pipeline.config.fps if command.fps is None else command.fps
+    wanted = command.num_reference_frames or pipeline.config.num_reference_frames
+    references = source_clip(command.source, wanted, fps=fps, start=command.start)
+    height, width = command.size or (None, None)
+    result = pipeline(
+        command.prompt,
+        references,
+        negative_prompt=command.negative_prompt,
+        num_frames=command.num_frames,
+        height=height,
+        width=width,
+        num_inference_steps=command.num_inference_steps,
+        guidance_scale=command.guidance_scale,
+        num_reference_frames=command.num_reference_frames,
+        fps=fps,
+        generator=command.seed,
+        output_type="pt",
+    )
+    clip = result.clips()[0]
+    write_result(clip, command.output)
+    seconds = {"load": loaded - began, "predict": time.perf_counter() - loaded}
+    if command.json:
+        report = {
+            "output": str(command.output),
+            "prompt": command.prompt,
+            "model": command.model,
+            "seed": command.seed,
+            "device": str(device),
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "memory_plan": None if plan is None else plan.to_dict(),
+            **result.to_dict(),
+        }
+        print(json_module.dumps(report))
+    else:
+        count, height, width = clip.frames.shape[:3]
+        print(
+            f"wrote {command.output}: {count} frames of {height} x {width} pixels at "
+            f"{fps:g} frames per second, predicted in {seconds['predict']:.1f} s on {device}"
+        )
+    return 0
+
+
+def write_result(clip, output: Path) -> None:
+    """Write a clip as its file name asks; the folder is made."""
+    from stvision.io import save_clip, write_strip
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix.lower() in (".png", ".jpg"):
+        write_strip([clip], output)
+    else:
+        save_clip(clip, output)
