@@ -151,3 +151,24 @@ def test_augmentation_repeats_with_its_generator_and_stays_in_range():
     assert torch.equal(one, two)
     assert not torch.equal(one, frames)
     assert one.abs().max() <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_augments_and_classifies(dtype):
+    model = tiny()
+    frames = augment_clips(clips(4, 3, 5, 20, 24)).cuda()
+    expected = model(frames.cpu())
+    tolerance = 5e-3 if dtype == torch.float32 else 0.1
+    actual = model.to("cuda", dtype)(frames.to(dtype)).float().cpu()
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    generator = torch.Generator("cuda").manual_seed(0)
+    changed = augment_clips(frames.to(dtype), generator=generator)
+    assert changed.isfinite().all() and changed.dtype == dtype and changed.device == frames.device
+
+
+def test_compiles_without_a_graph_break():
+    model = tiny()
+    frames = clips(2, 3, 4, 16, 16)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(frames), model(frames))

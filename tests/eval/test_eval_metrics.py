@@ -247,3 +247,16 @@ def test_lpips_refuses_a_file_of_other_weights(tmp_path):
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth lacks the tensor 'scaling_layer.shift'"):
         ShiftTolerantLPIPS(tmp_path / "other.pth")
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_with_cpu(perceptual):
+    x, y = pair(4, 3, 33, 41, dtype=torch.float32)
+    for metric in (psnr, ssim, flicker):
+        torch.testing.assert_close(
+            metric(x.cuda(), y.cuda()).cpu(), metric(x, y), rtol=1e-4, atol=1e-5
+        )
+    expected = perceptual(x, y)
+    on_gpu = ShiftTolerantLPIPS().cuda()(x.cuda(), y.cuda()).cpu()
+    # convolutions in TF32 keep ten bits
+    torch.testing.assert_close(on_gpu, expected, rtol=5e-3, atol=0)

@@ -57,7 +57,8 @@ class ShiftTolerantLPIPS(nn.Module):
 
     Seen on a standard sequence (176 x 144): one pixel of shift 0.004, neighbouring frames 0.0045,
     frames two seconds apart 0.125. Distances depend on the size of the images, so compare only at
-    one size.
+    one size. On a GPU the convolutions follow torch's TF32 setting, which moves the distance by
+    about a part in a thousand.
 
     Args:
         weights: a state dict file laid out as the packaged one; ``None`` takes the packaged one.

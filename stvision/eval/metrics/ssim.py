@@ -124,9 +124,15 @@ def _terms(
     taps = taps / taps.sum()
 
     def blur(images: Tensor) -> Tensor:
-        # the Gaussian is separable: two passes of `window` taps instead of window**2
-        images = F.conv2d(images, taps.view(1, 1, -1, 1))
-        return F.conv2d(images, taps.view(1, 1, 1, -1))
+        # Separable, and by shifted sums: a convolution on a GPU may round its input to TF32, which
+        # would drown the small differences of squares below.
+        for axis in (-2, -1):
+            size = images.shape[axis] - window + 1
+            total = torch.zeros((), dtype=dtype, device=images.device)
+            for i, tap in enumerate(taps):
+                total = total + images.narrow(axis, i, size) * tap
+            images = total
+        return images
 
     x = prediction.to(dtype).reshape(-1, 1, *prediction.shape[-2:])
     y = target.to(dtype).reshape(-1, 1, *target.shape[-2:])
