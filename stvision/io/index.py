@@ -17,6 +17,11 @@ import av
 import torch
 from torch import Tensor
 
+try:  # PyAV before 16 reads and drops the other streams' packets
+    from av.stream import Discard
+except ImportError:
+    Discard = None  # type: ignore[assignment,misc]
+
 from stvision.io.source import as_openable, check_exists, describe
 
 
@@ -170,8 +175,8 @@ def build_index(source: Any) -> FrameIndex:
 def ignore_others(container: Any, stream: Any) -> None:
     """Let the demuxer skip every stream but ``stream`` instead of reading and dropping it."""
     for other in container.streams:
-        if other.index != stream.index and hasattr(other, "discard"):
-            other.discard = "all"
+        if other.index != stream.index and Discard is not None:
+            other.discard = Discard.all
 
 
 def _is_hidden(codec: str, packet: Any) -> bool:
