@@ -17,6 +17,7 @@ READERS: dict[str, str] = {
     "something": "stvision.datasets.something:SomethingSomething",
     "bridge": "stvision.datasets.bridge:BridgeData",
     "epic": "stvision.datasets.epic:EpicKitchens",
+    "packed": "stvision.train.store:PackedClips",
 }
 
 
@@ -24,8 +25,8 @@ READERS: dict[str, str] = {
 class DataConfig:
     """Which clips, cut how, and where the results of costly steps are kept."""
 
-    kind: Literal["clips", "something", "bridge", "epic"] = "clips"
-    """Format of the data set."""
+    kind: Literal["clips", "something", "bridge", "epic", "packed"] = "clips"
+    """Format of the data set; "packed" is a folder of decoded frames, one cache entry a split."""
     root: str = "data/metaworld"
     """Folder of the data set."""
     split: str = "train"

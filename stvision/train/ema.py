@@ -25,7 +25,9 @@ class EMA:
         self.decay = decay
         self.updates = 0
         saved = module.state_dict(keep_vars=True)
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        named: list[tuple[str, Tensor]] = [
+            (name, p) for name, p in module.named_parameters() if p.requires_grad
+        ]
         named += [
             (name, buffer)
             for name, buffer in module.named_buffers()

@@ -528,8 +528,9 @@ def _compile(task: Task, config: LoopConfig) -> None:
         return
     mode = None if config.compile_mode == "default" else config.compile_mode
     for target in task.compile_targets():
-        if config.compile == "regional" and hasattr(target, "compile_repeated_blocks"):
-            target.compile_repeated_blocks(mode=mode)
+        regional: Any = getattr(target, "compile_repeated_blocks", None)
+        if config.compile == "regional" and regional is not None:
+            regional(mode=mode)
         else:
             target.compile(mode=mode)
 

@@ -24,7 +24,7 @@ def derive_seed(seed: int, *numbers: int) -> int:
 
 def random_state() -> dict[str, Any]:
     """State of every global random generator of this process, as plain data and tensors."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    name, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),

@@ -1,0 +1,166 @@
+"""Train the small video classifier that names the task a clip shows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stvision.config import parse_config
+from stvision.models.action import ActionClassifier
+from stvision.train.data import DataConfig, to_network_range
+from stvision.train.entry import announce, report, seeded
+from stvision.train.loop import Batch, LoopConfig, Outcome, Task, fit, make_accelerator
+from stvision.train.sources import Held, prepare
+
+
+@dataclass(frozen=True)
+class ActionConfig:
+    """One training of the action classifier."""
+
+    output_dir: str = "runs/action"
+    """Folder of this training; the result is its sub-folder `model`."""
+    seed: int = 0
+    """Of all randomness."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Optimisation."""
+    data: DataConfig = field(
+        default_factory=lambda: DataConfig(cache="frames", validation_clips=512)
+    )
+    """Clips, kept as frames."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes in the order of the logits; sorted from the data when empty."""
+    label: str = "task"
+    """Key of a clip's meta data that holds its class."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of ActionClassifier."""
+    max_shift: int = 4
+    """Clips are shifted by up to so many pixels, their border repeated."""
+    brightness: float = 0.1
+    """Clips are made brighter or darker by up to this share."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
+
+
+class _Network(nn.Module):
+    """Classify and compare."""
+
+    def __init__(self, classifier: nn.Module, smoothing: float) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.smoothing = smoothing
+
+    def forward(self, frames: Tensor, label: Tensor) -> dict[str, Tensor]:
+        logits = self.classifier(frames)
+        loss = F.cross_entropy(logits.float(), label, label_smoothing=self.smoothing)
+        return {"loss": loss, "accuracy": (logits.argmax(1) == label).float().mean()}
+
+
+class ActionTask(Task):
+    """See the module docstring.
+
+    Args:
+        config: of this training.
+        held: validation clips with ``frames`` and ``label``.
+        class_names: in the order of the labels.
+        device: where it trains.
+    """
+
+    def __init__(
+        self, config: ActionConfig, held: Held, class_names: Sequence[str], device: torch.device
+    ) -> None:
+        self.config, self.held, self.device = config, held, device
+        options = {"num_frames": config.data.num_frames, "sample_size": config.data.height}
+        with seeded(config.seed):
+            self.classifier = ActionClassifier(
+                class_names=list(class_names), **{**options, **config.model}
+            )
+        self.model = _Network(self.classifier, config.label_smoothing)
+
+    def inputs(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
+        """Frames (B, C, T, H, W), shifted and lit at random, one way for a whole clip."""
+        frames = to_network_range(batch["frames"])
+        count, device = len(frames), frames.device
+        draw = torch.rand(count, 3, generator=generator, device=device)
+        if self.config.max_shift:
+            frames = shift_clips(frames, (draw[:, :2] * 2 - 1) * self.config.max_shift)
+        light = 1 + (draw[:, 2] * 2 - 1) * self.config.brightness
+        frames = ((frames + 1) * light.view(-1, 1, 1, 1, 1) - 1).clamp(-1, 1)
+        return {"frames": frames, "label": batch["label"]}
+
+    def compile_targets(self) -> list[nn.Module]:
+        """The classifier."""
+        return [self.classifier]
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Accuracy on held-out clips, over all and as the mean over classes."""
+        hits = []
+        labels = self.held.tensors["label"]
+        for frames, label in zip(
+            self.held.tensors["frames"].split(32), labels.split(32), strict=True
+        ):
+            logits = self.classifier(to_network_range(frames.to(self.device)))
+            hits.append((logits.argmax(1).cpu() == label).float())
+        right = torch.cat(hits)
+        classes = [float(right[labels == value].mean()) for value in labels.unique()]
+        return {"accuracy": float(right.mean()), "class_accuracy": sum(classes) / len(classes)}
+
+    def export(self, folder: Path) -> None:
+        """Write the classifier as a diffusers model folder."""
+        self.classifier.save_pretrained(folder)
+
+
+def shift_clips(frames: Tensor, shift: Tensor) -> Tensor:
+    """Move each clip by whole pixels, repeating the border.
+
+    Args:
+        frames: (B, C, T, H, W).
+        shift: (B, 2) pixels down and right, rounded.
+    """
+    height, width = frames.shape[-2:]
+    device = frames.device
+    moved = shift.round().long()
+    rows = (torch.arange(height, device=device) - moved[:, :1]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=device) - moved[:, 1:]).clamp(0, width - 1)
+    items = torch.arange(len(frames), device=device)[:, None, None]
+    channels_last = frames.permute(0, 3, 4, 1, 2)
+    return channels_last[items, rows[:, :, None], columns[:, None, :]].permute(0, 3, 4, 1, 2)
+
+
+def run(config: ActionConfig) -> Outcome:
+    """Train, or continue."""
+    started = announce(config)
+    if config.data.cache != "frames":
+        raise ValueError("the action classifier is trained on frames: set data.cache to 'frames'")
+    accelerator = make_accelerator(config.loop)
+    prepared = prepare(
+        config.data,
+        config.loop,
+        accelerator,
+        seed=config.seed,
+        text=None,
+        labels=list(config.class_names) or "all",
+        label_key=config.label,
+    )
+    task = ActionTask(config, prepared.held, prepared.labels, accelerator.device)
+    return fit(
+        task,
+        prepared.source,
+        config.loop,
+        config.output_dir,
+        seed=config.seed,
+        accelerator=accelerator,
+        started=started,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of ``python -m stvision.train.action`` and of ``accelerate launch -m``."""
+    return report(run, lambda: parse_config(ActionConfig, argv, "stvision train action"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

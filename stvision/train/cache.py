@@ -1,0 +1,235 @@
+"""Compute decoded frames, latents and text states once; training then reads them.
+
+``python -m stvision.train.cache --data.root FOLDER --vae FOLDER`` fills the cache; a training that
+finds nothing there fills it itself. Results are keyed by the files of the data set, by how clips
+are cut, and by the weights of the encoders; another file, cut or encoder makes a new entry and
+never reuses an old one. Encoders are freed before training starts.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from stvision.config import parse_config
+from stvision.train.data import DataConfig, TextTable, open_reader, to_network_range
+from stvision.train.encoders import TextConfig, TextEncoder, encode_frames, load_vae
+from stvision.train.folders import replaced_folder
+from stvision.train.state import derive_seed
+from stvision.train.store import Store, build, digest, weights_digest
+
+logger = logging.getLogger(__name__)
+
+
+class _Decoded(Dataset):
+    """Records of a reader, or the sentence that says why one cannot be read."""
+
+    def __init__(self, reader: Any, indices: Sequence[int], frames: int) -> None:
+        self.reader, self.indices, self.frames = reader, indices, frames
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, dict[str, Any]] | str:
+        try:
+            record = self.reader[self.indices[place]]
+        except (ValueError, OSError, RuntimeError) as error:
+            return str(error)
+        if record is None:
+            return "no clip"
+        if len(record.frames) != self.frames:
+            return f"{record.key} has {len(record.frames)} of {self.frames} frames"
+        captions = list(record.meta.get("captions") or [record.text])
+        captions = [caption for caption in captions if caption.strip()]
+        if not captions:
+            return f"{record.key} has no caption"
+        meta = {k: v for k, v in record.meta.items() if isinstance(v, str | int | float | bool)}
+        return record.frames, {"key": record.key, "captions": captions, "meta": meta}
+
+
+def _decode(
+    reader: Any, indices: Sequence[int], config: DataConfig
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Frames (n, T, H, W, C) uint8 and entries of those indices that can be used."""
+    loader = DataLoader(
+        _Decoded(reader, indices, config.num_frames),
+        batch_size=None,
+        num_workers=config.workers if len(indices) > 4 else 0,
+        timeout=600 if config.workers and len(indices) > 4 else 0,
+    )
+    frames, entries = [], []
+    for item in loader:
+        if isinstance(item, str):
+            logger.warning("left out: %s", item)
+            continue
+        frames.append(item[0])
+        entries.append(item[1])
+    shape = (0, config.num_frames, config.height, config.width, 3)
+    return torch.stack(frames) if frames else torch.empty(shape, dtype=torch.uint8), entries
+
+
+def reader_fingerprint(reader: Any, root: str) -> str:
+    """Hash of what a reader would read: keys, and size and time of the files where it has paths."""
+    own = getattr(reader, "fingerprint", None)
+    if callable(own):
+        return str(own())
+    paths = getattr(reader, "paths", None)
+    if paths is None:
+        folder = Path(root)
+        paths = sorted(folder.glob("*.json*")) + sorted(folder.glob("*.csv"))
+    stamps = []
+    for path in paths() if callable(paths) else paths:
+        facts = Path(path).stat()
+        stamps.append([str(path), facts.st_size, facts.st_mtime_ns])
+    return digest([len(reader), stamps])
+
+
+def _cut(config: DataConfig) -> dict[str, Any]:
+    """What a clip's frames depend on besides the files."""
+    values = asdict(config)
+    names = ("kind", "num_frames", "height", "width", "options")
+    return {name: values[name] for name in names}
+
+
+def cached_frames(config: DataConfig, split: str, reader: Any = None) -> Store:
+    """Decoded frames ``frames`` (N, T, H, W, C) uint8 of a split; made when not there."""
+    reader = open_reader(config, split) if reader is None else reader
+    spec = {"split": split, **_cut(config), "files": reader_fingerprint(reader, config.root)}
+    folder = Path(config.cache_dir) / f"frames-{split}-{digest(spec)}"
+
+    def make(indices: Sequence[int]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        frames, entries = _decode(reader, indices, config)
+        return {"frames": frames}, entries
+
+    return build(folder, len(reader), make, spec, f"frames of {split}")
+
+
+def cached_latents(
+    config: DataConfig, split: str, vae_path: str, device: torch.device | str, seed: int = 0
+) -> Store:
+    """Scaled latents of a split; made when not there.
+
+    ``mean`` and ``std`` (N, c, T, h, w) float16 when ``config.latents`` is "moments", else
+    ``latents`` drawn once. Frames are decoded on the way and not kept.
+    """
+    reader = open_reader(config, split)
+    vae = load_vae(vae_path, device)
+    spec = {
+        "split": split,
+        **_cut(config),
+        "latents": config.latents,
+        "seed": seed if config.latents == "sampled" else None,
+        "files": reader_fingerprint(reader, config.root),
+        "vae": weights_digest(vae),
+        "scale": vae.config.scaling_factor,
+    }
+    folder = Path(config.cache_dir) / f"latents-{split}-{digest(spec)}"
+
+    def make(indices: Sequence[int]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        frames, entries = _decode(reader, indices, config)
+        if not entries:
+            return {}, []
+        parts = [encode_frames(vae, to_network_range(part.to(device))) for part in frames.split(16)]
+        mean, deviation = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+        if config.latents == "moments":
+            return {"mean": mean.half(), "std": deviation.half()}, entries
+        generator = torch.Generator().manual_seed(derive_seed(seed, 6, indices[0]))
+        noise = torch.randn(mean.shape, generator=generator)
+        return {"latents": (mean + deviation * noise).half()}, entries
+
+    return build(folder, len(reader), make, spec, f"latents of {split}")
+
+
+def cached_text(
+    config: DataConfig, text: TextConfig, entries: Sequence[dict[str, Any]], device: Any
+) -> TextTable:
+    """States of every sentence of the entries; row 0 is the empty sentence."""
+    sentences = sorted({caption for entry in entries for caption in entry["captions"]} - {""})
+    sentences.insert(0, "")
+    row = {sentence: index for index, sentence in enumerate(sentences)}
+    chosen = [[row[caption] for caption in entry["captions"]] for entry in entries]
+    encoder = TextEncoder(text, device)
+    key = digest([sentences, encoder.max_length, weights_digest(encoder.model)])
+    folder = Path(config.cache_dir) / f"text-{key}"
+    if not (folder / "text.safetensors").is_file():
+        parts = [encoder(sentences[i : i + 64]).half().cpu() for i in range(0, len(sentences), 64)]
+        with replaced_folder(folder) as temporary:
+            save_file({"states": torch.cat(parts)}, temporary / "text.safetensors")
+    return TextTable(load_file(folder / "text.safetensors")["states"], chosen)
+
+
+@contextmanager
+def main_process_first(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Let the main process run the block first, and the others when it is through.
+
+    The others look for a file meanwhile; they do not wait inside a collective, so the work may take
+    longer than a collective's timeout.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    flag = folder / ".prepared"
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        flag.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        yield
+        flag.touch()
+    else:
+        while not flag.is_file():
+            time.sleep(0.2)
+        yield
+    accelerator.wait_for_everyone()
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What `stvision train cache` computes; the rest of a task's configuration is not looked at."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Which clips."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Which text encoder."""
+    vae: str | None = None
+    """Folder of the VAE, for latents."""
+    device: str | None = None
+    """Where the encoders compute; the GPU when there is one."""
+
+
+def fill(config: CacheConfig) -> dict[str, int]:
+    """Compute what is missing for both splits; number of clips by split."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    counts = {}
+    for split in (config.data.split, config.data.validation_split):
+        if config.data.cache == "latents":
+            if config.vae is None:
+                raise ValueError("cache='latents' needs the option vae: a VAE or pipeline folder")
+            store = cached_latents(config.data, split, config.vae, device)
+        elif config.data.cache == "frames":
+            store = cached_frames(config.data, split)
+        else:
+            raise ValueError("data.cache is 'off': there is nothing to compute")
+        cached_text(config.data, config.text, store.entries, device)
+        counts[split] = len(store)
+    return counts
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of ``python -m stvision.train.cache``."""
+    config = parse_config(CacheConfig, argv, "stvision train cache")
+    for split, count in fill(config).items():
+        print(f"{split}: {count} clips")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What the command-line entries of all tasks share."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stvision.config import dump_config
+from stvision.train.loop import Outcome
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's global randomness starts at ``seed`` in the block and is untouched outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def announce(config: Any) -> float:
+    """Keep the configuration beside the training; the time from which its budget counts."""
+    started = time.monotonic()
+    if int(os.environ.get("RANK", "0")) == 0:
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        dump_config(config, folder / "config.yaml")
+    return started
+
+
+def report(run: Callable[[Any], Outcome], parse: Callable[[], Any]) -> int:
+    """Run a task and print how it ended; wrong input becomes one sentence and status 2."""
+    try:
+        config = parse()
+        outcome = run(config)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("STVISION_TRACEBACK"):
+            raise
+        print(f"stvision train: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if int(os.environ.get("RANK", "0")) == 0:
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in outcome.metrics.items())
+        state = "finished" if outcome.finished else "stopped; the same command continues"
+        print(f"step {outcome.step}: {state}{'; ' + numbers if numbers else ''}")
+    return 0
