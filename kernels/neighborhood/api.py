@@ -266,6 +266,13 @@ def neighborhood_attention_generic(
         query_map,
     )
     query, key, value = call.query, call.key, call.value
+    more_keys, more_values = call.additional_keys, call.additional_values
+    dtype = query.dtype
+    if more_keys is not None and call.choice.backend in {"blocked", "reference"}:
+        # these compute in float32 anyway; staying there rounds the merged gradients once
+        wide = torch.promote_types(dtype, torch.float32)
+        query, key, value, more_keys = (x.to(wide) for x in (query, key, value, more_keys))
+        more_values = None if more_values is None else more_values.to(wide)
     if scale is None:
         scale = query.shape[-1] ** -0.5
     if deterministic is None:
@@ -283,26 +290,23 @@ def neighborhood_attention_generic(
         tile,
         deterministic,
     )
-    if call.additional_keys is not None and call.additional_values is not None:
-        tokens = call.additional_keys.shape[1]
-        if tokens:
-            flat = query.flatten(1, -3)
-            every = (Axis(flat.shape[1], tokens, tokens, query_map="start"),)
-            name = (attention_kwargs or {}).get("backend", call.choice.backend)
-            extra_out, extra_lse = _attend(
-                name,
-                flat,
-                call.additional_keys,
-                call.additional_values,
-                None,
-                None,
-                every,
-                float(scale),
-                (),
-                deterministic,
-            )
-            grid = query.shape[1:-2]
-            out, lse = merge(out, lse, extra_out.unflatten(1, grid), extra_lse.unflatten(1, grid))
+    if more_keys is not None and more_values is not None and more_keys.shape[1]:
+        tokens, grid = more_keys.shape[1], query.shape[1:-2]
+        flat = query.flatten(1, -3)
+        extra_out, extra_lse = _attend(
+            (attention_kwargs or {}).get("backend", call.choice.backend),
+            flat,
+            more_keys,
+            more_values,
+            None,
+            None,
+            (Axis(flat.shape[1], tokens, tokens, query_map="start"),),
+            float(scale),
+            (),
+            deterministic,
+        )
+        out, lse = merge(out, lse, extra_out.unflatten(1, grid), extra_lse.unflatten(1, grid))
+    out = out.to(dtype)
     return (out, lse) if return_lse else out
 
 

@@ -253,7 +253,10 @@ def backward(
     dk = torch.zeros(key.shape, dtype=dtype, device=key.device)
     dv = torch.zeros(value.shape, dtype=dtype, device=value.device)
     drpb = None if rpb is None else torch.zeros(rpb.shape, dtype=dtype, device=rpb.device)
-    shift = grad_lse - (grad_out.to(dtype) * out).sum(-1)
+    # rounding of a 16-bit output would show where the weights of a row are nearly one and nothing,
+    # so there the row's sum is formed from the weights instead
+    exact = out.dtype != dtype
+    shift = grad_lse if exact else grad_lse - (grad_out * out).sum(-1)
     safe_lse = lse.masked_fill(lse == -torch.inf, 0.0)
     for tiles in tiling.tiles:
         shape = tuple(len(one.place) for one in tiles)
@@ -272,7 +275,10 @@ def backward(
             box = tuple(one.size for one in tiles)
             part = (weights.transpose(-1, -2) @ do).transpose(1, 2).unflatten(1, box)
             _take(dv[item], tiles, True).add_(part)
-            ds = (do @ v.transpose(-1, -2)).add_(delta).mul_(weights)
+            ds = do @ v.transpose(-1, -2)
+            if exact:
+                delta = delta - (weights * ds).sum(-1, keepdim=True)
+            ds = ds.add_(delta).mul_(weights)
             found = (ds @ k).mul_(scale)
             _put(dq[item], tiles, _unrows(found, heads, shape).to(dq.dtype))
             part = (ds.transpose(-1, -2) @ q).transpose(1, 2).unflatten(1, box)

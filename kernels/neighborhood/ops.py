@@ -49,9 +49,11 @@ def neighborhood_attention(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     options = _options(backend, tile, None)
-    return _module(backend).forward(
-        query, key, value, rpb, key_mask, decode_axes(list(axes)), scale, **options
-    )
+    # the backends choose their own types: autocast must not round their float32 products
+    with torch.autocast(query.device.type, enabled=False):
+        return _module(backend).forward(
+            query, key, value, rpb, key_mask, decode_axes(list(axes)), scale, **options
+        )
 
 
 @neighborhood_attention.register_fake
@@ -81,20 +83,21 @@ def neighborhood_attention_backward(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = _options(backend, tile, deterministic)
-    dq, dk, dv, drpb = _module(backend).backward(
-        grad_out,
-        grad_lse,
-        query,
-        key,
-        value,
-        rpb,
-        key_mask,
-        out,
-        lse,
-        decode_axes(list(axes)),
-        scale,
-        **options,
-    )
+    with torch.autocast(query.device.type, enabled=False):
+        dq, dk, dv, drpb = _module(backend).backward(
+            grad_out,
+            grad_lse,
+            query,
+            key,
+            value,
+            rpb,
+            key_mask,
+            out,
+            lse,
+            decode_axes(list(axes)),
+            scale,
+            **options,
+        )
     return dq, dk, dv, query.new_empty(0) if drpb is None else drpb
 
 

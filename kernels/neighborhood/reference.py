@@ -229,7 +229,7 @@ def backward(
     kv_heads, dtype = key.shape[-2], _compute_dtype(query.dtype)
     groups = (kv_heads, heads // kv_heads)
     gather = _Gather(axes, query.device)
-    q, do, o = (x.flatten(1, -3).unflatten(2, groups) for x in (query, grad_out, out))
+    q, do = (x.flatten(1, -3).unflatten(2, groups) for x in (query, grad_out))
     k, v = key.flatten(1, -3), value.flatten(1, -3)
     total, dl = (x.flatten(1, -2).unflatten(2, groups) for x in (lse, grad_lse))
     dq = torch.empty_like(q, dtype=dtype)
@@ -242,7 +242,7 @@ def backward(
         flat = index.flatten()
         for item in range(batch):
             seen = None if key_mask is None else key_mask.flatten(1)[item][index]
-            qi, doi, oi = (x[item, begin:end].to(dtype) for x in (q, do, o))
+            qi, doi = (x[item, begin:end].to(dtype) for x in (q, do))
             ki, vi = k[item][index].to(dtype), v[item][index].to(dtype)
             scores = _scores(qi, ki, inside, relative, scale, bias, seen)
             rows = total[item, begin:end].to(dtype)
@@ -250,8 +250,9 @@ def backward(
             dv[item].index_add_(
                 0, flat, torch.einsum("nhgk,nhgd->nkhd", weights, doi).flatten(0, 1)
             )
-            shift = dl[item, begin:end].to(dtype) - (doi * oi).sum(-1)
-            ds = weights * (torch.einsum("nhgd,nkhd->nhgk", doi, vi) + shift[..., None])
+            dp = torch.einsum("nhgd,nkhd->nhgk", doi, vi)
+            shift = dl[item, begin:end].to(dtype) - (weights * dp).sum(-1)
+            ds = weights * (dp + shift[..., None])
             dq[item, begin:end] = torch.einsum("nhgk,nkhd->nhgd", ds, ki) * scale
             dk[item].index_add_(
                 0, flat, torch.einsum("nhgk,nhgd->nkhd", ds, qi).flatten(0, 1) * scale

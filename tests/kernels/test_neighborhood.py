@@ -1,0 +1,392 @@
+"""Neighborhood attention against the float64 definition, its identities, and its refusals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from support_neighborhood import Problem, check, problems, relative_error
+
+from stvision.kernels.neighborhood import blocked as blocked_path
+from stvision.kernels.neighborhood import (
+    explain,
+    merge,
+    na1d,
+    na2d,
+    na3d,
+    neighborhood_attention_generic,
+)
+from stvision.kernels.neighborhood import flex as flex_path
+from stvision.kernels.neighborhood import reference as reference_path
+from stvision.kernels.neighborhood.ops import neighborhood_attention
+from stvision.kernels.neighborhood.problem import build_axes
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def qkv(*grid: int, batch: int = 2, heads: int = 2, dim: int = 8) -> list[torch.Tensor]:
+    return [draw(batch, *grid, heads, dim, seed=i) for i in range(3)]
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None) -> torch.Tensor:
+    """Attention over the flattened grid."""
+    flat = [x.flatten(1, -3).transpose(1, 2) for x in (q, k, v)]
+    out = F.scaled_dot_product_attention(*flat, attn_mask=mask)
+    return out.transpose(1, 2).reshape(*q.shape[:-1], v.shape[-1])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(problems())
+def test_blocked_in_float64(problem: Problem) -> None:
+    check(problem.build(torch.float64), neighborhood_attention_generic, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(problem=problems(dims=(40, 80, 160), largest=6))
+def test_blocked_in_lower_precision(dtype: torch.dtype, problem: Problem) -> None:
+    check(problem.build(dtype), neighborhood_attention_generic, dtype, backend="blocked")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(problems(largest=6))
+def test_reference_in_float64(problem: Problem) -> None:
+    check(
+        problem.build(torch.float64),
+        neighborhood_attention_generic,
+        torch.float64,
+        backend="reference",
+    )
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(problems(largest=6))
+def test_flex_forward(problem: Problem) -> None:
+    problem.bias = False
+    problem.build(torch.float32)
+    tile = {1: (4,), 2: (2, 4), 3: (2, 2, 2)}[len(problem.grid)]
+    call = neighborhood_attention_generic
+    with torch.no_grad():
+        check(problem, call, torch.float32, grad=False, backend="flex", q_tile_shape=tile)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(problems(largest=6))
+def test_flex_block_mask_is_the_mask(problem: Problem) -> None:
+    """Eager FlexAttention ignores the blocks that a GPU skips by, so they are compared apart."""
+    query_grid = problem.query_grid or problem.grid
+    axes, _ = build_axes(query_grid, problem.grid, **problem.window)
+    tile = {1: (4,), 2: (2, 4), 3: (2, 2, 2)}[len(axes)]
+    plan = flex_path._plan(axes, tile, tile, "cpu")
+    size = 4 if len(axes) == 1 else 8
+    exact = reference_path.dense_mask(axes)
+    real = (plan.query_order >= 0)[:, None] & (plan.key_order >= 0)[None]
+    seen = exact[plan.query_order.clamp_min(0)][:, plan.key_order.clamp_min(0)] & real
+    blocks = seen.unflatten(1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2)
+
+    def listed(ragged: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        count, order = (x[0, 0] for x in ragged)
+        found = torch.zeros(blocks.shape[:2], dtype=torch.bool)
+        for row, number in enumerate(count.tolist()):
+            found[row, order[row, :number].long()] = True
+        return found
+
+    some, every = blocks.any(-1).any(-1), blocks.all(-1).all(-1)
+    assert torch.equal(listed(plan.partial_or_full), some)
+    assert torch.equal(listed(plan.full), every)
+    assert torch.equal(listed(plan.partial), some & ~every)
+    at = torch.arange(len(plan.query_order))[:, None], torch.arange(len(plan.key_order))[None]
+    assert torch.equal(plan.visible(0, 0, *at), seen)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_small_chunks_change_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_path, "CHUNK_ELEMENTS", 500)
+    monkeypatch.setattr(blocked_path, "SCORE_ELEMENTS", 200)
+    blocked_path.choose_tile.cache_clear()
+    window = {"kernel_size": (2, 3), "dilation": (2, 1), "is_causal": (False, True)}
+    problem = Problem(3, 3, (5, 6), 4, 2, 8, 8, window, tokens=2, bias=True, masked=True)
+    check(problem.build(torch.float64), na2d, torch.float64, backend=backend)
+    blocked_path.choose_tile.cache_clear()
+
+
+def test_window_of_the_whole_grid_is_full_attention() -> None:
+    q, k, v = qkv(3, 4, 5)
+    assert relative_error(na3d(q, k, v, (3, 4, 5)), dense(q, k, v)) < 1e-12
+    assert relative_error(na3d(q, k, v, (3, 4, 5), stride=(3, 2, 1)), dense(q, k, v)) < 1e-12
+
+
+def test_window_of_one_is_the_value() -> None:
+    q, k, v = qkv(3, 4, 5)
+    assert torch.equal(na3d(q, k, v, 1), v)
+
+
+@pytest.mark.parametrize("stride", [1, 2, (3, 4, 5)])
+def test_causal_whole_window_is_a_product_of_triangles(stride) -> None:
+    q, k, v = qkv(3, 4, 5)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    for length in (3, 4, 5):
+        mask = torch.kron(mask, torch.ones(length, length, dtype=torch.bool).tril())
+    found = na3d(q, k, v, (3, 4, 5), stride=stride, is_causal=True)
+    assert relative_error(found, dense(q, k, v, mask)) < 1e-12
+
+
+def test_stride_of_the_window_is_blocked_attention() -> None:
+    q, k, v = qkv(4, 6)
+    found = na2d(q, k, v, (2, 3), stride=(2, 3))
+    parts = [
+        x.unflatten(2, (2, 3)).unflatten(1, (2, 2)).transpose(2, 3).flatten(0, 2) for x in (q, k, v)
+    ]
+    blocks = dense(*parts).reshape(2, 2, 2, 2, 3, 2, 8).transpose(2, 3).reshape(q.shape)
+    assert relative_error(found, blocks) < 1e-12
+
+
+def test_dilation_is_the_problem_on_each_strided_slice() -> None:
+    q, k, v = qkv(7, 8)
+    found = na2d(q, k, v, (3, 2), dilation=(2, 3))
+    for y in range(2):
+        for x in range(3):
+            part = [t[:, y::2, x::3] for t in (q, k, v)]
+            assert relative_error(found[:, y::2, x::3], na2d(*part, (3, 2))) < 1e-12
+
+
+def test_flipping_an_axis_commutes_for_odd_windows_only() -> None:
+    q, k, v = qkv(7, 6)
+    flipped = [t.flip(1) for t in (q, k, v)]
+    assert relative_error(na2d(*flipped, 3).flip(1), na2d(q, k, v, 3)) < 1e-12
+    assert relative_error(na2d(*flipped, 4).flip(1), na2d(q, k, v, 4)) > 1e-2
+
+
+def test_batch_and_heads_do_not_mix() -> None:
+    q, k, v = qkv(4, 5, batch=3, heads=4)
+    whole = na2d(q, k, v, 3)
+    order = torch.tensor([2, 0, 1])
+    assert relative_error(na2d(q[order], k[order], v[order], 3), whole[order]) < 1e-12
+    alone = na2d(q[1:2, ..., 2:3, :], k[1:2, ..., 2:3, :], v[1:2, ..., 2:3, :], 3)
+    assert relative_error(alone, whole[1:2, ..., 2:3, :]) < 1e-12
+
+
+def test_grouped_queries_equal_repeated_heads() -> None:
+    q, k, v = draw(2, 5, 6, 6, 8), draw(2, 5, 6, 2, 8, seed=1), draw(2, 5, 6, 2, 8, seed=2)
+    repeated = na2d(q, k.repeat_interleave(3, -2), v.repeat_interleave(3, -2), 3)
+    assert relative_error(na2d(q, k, v, 3), repeated) < 1e-12
+
+
+def test_causal_time_ignores_the_future_bit_for_bit() -> None:
+    q, k, v = qkv(6, 4, 4)
+    before = na3d(q, k, v, 3, is_causal=(True, False, False))
+    k[:, 4:], v[:, 4:] = 100.0, -100.0
+    after = na3d(q, k, v, 3, is_causal=(True, False, False))
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert not torch.equal(before[:, 4:], after[:, 4:])
+
+
+def test_valid_border_is_the_inside_of_the_shifted_one() -> None:
+    q, k, v = qkv(9, 8)
+    whole = na2d(q, k, v, (3, 4), dilation=(2, 1))
+    found = na2d(q, k, v, (3, 4), dilation=(2, 1), border="valid")
+    assert found.shape[1:3] == (5, 5)
+    assert relative_error(found, whole[:, 2:7, 2:7]) < 1e-12
+
+
+def test_pad_is_masked_padding() -> None:
+    q, k, v = qkv(3, 5)
+    padded = [F.pad(t, (0, 0, 0, 0, 0, 0, 0, 3)) for t in (q, k, v)]
+    mask = torch.zeros(2, 6, 5, dtype=torch.bool)
+    mask[:, :3] = True
+    wanted = na2d(*padded, (3, 3), dilation=(2, 1), key_mask=mask)[:, :3]
+    found = na2d(q, k, v, (3, 3), dilation=(2, 1), pad=True)
+    assert relative_error(found, wanted) < 1e-12
+
+
+def test_key_mask_of_a_shorter_clip() -> None:
+    """With windows as wide as the batch's clips, a masked tail equals the shorter clip alone."""
+    q, k, v = qkv(6, 3, 3)
+    mask = torch.ones(2, 6, 3, 3, dtype=torch.bool)
+    mask[1, 4:] = False
+    found = na3d(q, k, v, (6, 3, 3), key_mask=mask)
+    alone = na3d(q[1:, :4], k[1:, :4], v[1:, :4], (4, 3, 3))
+    assert relative_error(found[1:, :4], alone) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference", "flex"])
+def test_query_without_a_key_gives_zero_and_no_nan(backend: str) -> None:
+    q, k, v = (t.float() for t in qkv(6, 6))
+    mask = torch.ones(2, 6, 6, dtype=torch.bool)
+    mask[0, :3, :3] = False
+    out, lse = na2d(q, k, v, 3, key_mask=mask, backend=backend, return_lse=True)
+    assert torch.equal(out[0, 0, 0], torch.zeros_like(out[0, 0, 0]))
+    assert bool((lse[0, 0, 0] == -torch.inf).all())
+    assert not out.isnan().any()
+
+
+def test_additional_tokens_join_the_softmax() -> None:
+    q, k, v = qkv(4, 4)
+    more = draw(2, 3, 2, 8, seed=5), draw(2, 3, 2, 8, seed=6)
+    found = na2d(q, k, v, 4, additional_keys=more[0], additional_values=more[1])
+    keys = [torch.cat([x.flatten(1, 2), y], 1) for x, y in zip((k, v), more, strict=True)]
+    wanted = dense(q.flatten(1, 2), *keys).reshape(q.shape)
+    assert relative_error(found, wanted) < 1e-12
+
+
+def test_merge_is_associative_and_knows_empty_sets() -> None:
+    outs = [draw(3, 2, 8, seed=i) for i in range(3)]
+    lses = [draw(3, 2, seed=i + 9) for i in range(3)]
+    left = merge(*merge(outs[0], lses[0], outs[1], lses[1]), outs[2], lses[2])
+    right = merge(outs[0], lses[0], *merge(outs[1], lses[1], outs[2], lses[2]))
+    assert relative_error(left[0], right[0]) < 1e-12
+    nothing = torch.zeros(3, 2, 8), torch.full((3, 2), -torch.inf)
+    both = merge(*nothing, *nothing)
+    assert torch.equal(both[0], nothing[0])
+    assert torch.equal(both[1], nothing[1])
+
+
+def test_first_gradient_matches_finite_differences() -> None:
+    window = [
+        n for axis in build_axes((4, 3), (4, 3), kernel_size=(3, 2))[0] for n in axis.encode()
+    ]
+    q, k, v = (x.requires_grad_() for x in qkv(4, 3, batch=1, dim=3))
+    rpb = draw(2, 5, 3, seed=4).requires_grad_()
+
+    def call(*inputs: torch.Tensor):
+        return neighborhood_attention(*inputs, None, window, 0.5, "blocked", [], False)
+
+    assert torch.autograd.gradcheck(call, (q, k, v, rpb))
+
+
+def test_second_derivative_is_refused() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(4, 4))
+    (grad,) = torch.autograd.grad(na2d(q, k, v, 3).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_vmap_is_refused() -> None:
+    q, k, v = (x[None] for x in qkv(4, 4))
+    with pytest.raises(NotImplementedError, match="batch axis"):
+        torch.func.vmap(lambda a, b, c: na2d(a, b, c, 3))(q, k, v)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_operator_contract(backend: str) -> None:
+    axes = build_axes((4, 3), (4, 3), kernel_size=(3, 2))[0]
+    window = [n for axis in axes for n in axis.encode()]
+    q, k, v = (x.float().requires_grad_() for x in qkv(4, 3))
+    rpb = draw(2, 5, 3, dtype=torch.float32).requires_grad_()
+    mask = torch.rand(2, 4, 3) > 0.3
+    for bias, seen in ((None, None), (rpb, mask)):
+        torch.library.opcheck(
+            neighborhood_attention, (q, k, v, bias, seen, window, 0.5, backend, [], False)
+        )
+
+
+def test_compiles_without_graph_breaks() -> None:
+    def call(q, k, v, more):
+        return na3d(
+            q, k, v, (3, 3, 2), is_causal=(True, False, False), additional_keys=more,
+            additional_values=more, return_lse=True,
+        )  # fmt: skip
+
+    q, k, v = (x.float().requires_grad_() for x in qkv(4, 5, 3))
+    more = draw(2, 3, 2, 8, dtype=torch.float32)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for one, two in zip(compiled(q, k, v, more), call(q, k, v, more), strict=True):
+        assert torch.equal(one, two)
+    grads = torch.autograd.grad(compiled(q, k, v, more)[0].sum(), (q, k, v))
+    wanted = torch.autograd.grad(call(q, k, v, more)[0].sum(), (q, k, v))
+    for one, two in zip(grads, wanted, strict=True):
+        assert relative_error(one, two) < 1e-6
+
+
+def test_autocast_computes_in_the_lower_type() -> None:
+    q, k, v = (x.float() for x in qkv(5, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = na2d(q, k, v, 3)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, na2d(q.bfloat16(), k.bfloat16(), v.bfloat16(), 3))
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference", "flex"])
+def test_views_give_the_same(backend: str) -> None:
+    q, k, v = (x.float() for x in qkv(5, 6))
+    wanted = na2d(q, k, v, 3, backend=backend)
+    packed = torch.stack([q, k, v], -1).unbind(-1)
+    assert packed[0].stride(-1) == 3
+    assert relative_error(na2d(*packed, 3, backend=backend), wanted) < 1e-6
+    one = k[:, :1].expand(-1, 5, -1, -1, -1)
+    copied = na2d(q, one.contiguous(), v, 3, backend=backend)
+    assert relative_error(na2d(q, one, v, 3, backend=backend), copied) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_empty_batch(backend: str) -> None:
+    q, k, v = (x[:0].requires_grad_() for x in qkv(5, 6))
+    out, lse = na2d(q, k, v, 3, backend=backend, return_lse=True)
+    assert out.shape == q.shape
+    assert lse.shape == q.shape[:-1]
+    out.sum().backward()
+    assert q.grad is not None and q.grad.shape == q.shape
+
+
+def test_explain_names_every_backend() -> None:
+    q, k, v = qkv(5, 6)
+    choice = explain(q, k, v, 3)
+    assert choice.backend == "blocked"
+    assert set(choice.reasons) == {"triton", "flex", "reference"}
+    assert str(choice).startswith("blocked: taken")
+    assert explain(q, k, v, 3, backend="reference").backend == "reference"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"kernel_size": 6}, ValueError, r"kernel_size 6 .*axis 0 \(height\).* 5 tokens"),
+        ({"kernel_size": (3, 4), "dilation": (1, 2)}, ValueError, r"4 x dilation 2 = 8 .*width"),
+        ({"kernel_size": 3, "stride": (1, 4)}, ValueError, r"stride on axis 1 .* is 4.* 3"),
+        ({"kernel_size": 0}, ValueError, "kernel_size on axis 0"),
+        ({"kernel_size": 3, "dilation": 0}, ValueError, "dilation on axis 0"),
+        ({"kernel_size": (3, 3, 3)}, ValueError, "has 3 values, but the grid has 2 axes"),
+        ({"kernel_size": 2.0}, TypeError, "kernel_size"),
+        ({"kernel_size": (3, 2.0)}, TypeError, "kernel_size takes int"),
+        ({"kernel_size": 3, "is_causal": 1}, TypeError, "is_causal takes bool"),
+        ({"kernel_size": 3, "border": "clip"}, ValueError, "'shift' or 'valid'"),
+        ({"kernel_size": 3, "border": "valid", "stride": 2}, ValueError, "needs stride 1"),
+        ({"kernel_size": 3, "query_map": "left"}, ValueError, "query_map must be"),
+        ({"kernel_size": 3, "query_map": 1}, ValueError, "outside of the 5 keys"),
+        ({"kernel_size": 3, "backend": "cutlass"}, ValueError, "one of triton, flex"),
+        ({"kernel_size": 3, "rpb": torch.zeros(2, 5, 4)}, ValueError, r"shape \(2, 5, 5\)"),
+        ({"kernel_size": 3, "key_mask": torch.ones(2, 5, 6)}, TypeError, "key_mask must be bool"),
+        ({"kernel_size": 3, "additional_keys": torch.ones(1)}, ValueError, "given together"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(options: dict, error: type, words: str) -> None:
+    q, k, v = qkv(5, 6)
+    with pytest.raises(error, match=words) as caught:
+        na2d(q, k, v, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_tensors_get_one_sentence() -> None:
+    q, k, v = qkv(5, 6, heads=4)
+    with pytest.raises(ValueError, match=r"na3d takes .*time, height, width"):
+        na3d(q, k, v, 3)
+    with pytest.raises(ValueError, match=r"na1d takes"):
+        na1d(q, k, v, 3)
+    with pytest.raises(TypeError, match=r"key is torch.float32 but query is torch.float64"):
+        na2d(q, k.float(), v, 3)
+    with pytest.raises(TypeError, match="query must be float16"):
+        na2d(q.long(), k.long(), v.long(), 3)
+    with pytest.raises(ValueError, match="no multiple of key's 3"):
+        na2d(q, k[..., :3, :], v[..., :3, :], 3)
+    with pytest.raises(ValueError, match="only value may have another head_dim"):
+        na2d(q, k[..., :4], v, 3)
+    with pytest.raises(ValueError, match="query has 5 tokens on axis 0 .* key has 4"):
+        na2d(q, k[:, :4], v[:, :4], 3)
+    with pytest.raises(ValueError, match="key has batch 1 but query has 2"):
+        na2d(q, k[:1], v[:1], 3)
+    with pytest.raises(ValueError, match="key is on meta but query is on cpu"):
+        na2d(q, k.to("meta"), v, 3)

@@ -1,0 +1,168 @@
+"""The Triton kernels: through the interpreter on a CPU, compiled where there is a GPU.
+
+The interpreter has no bfloat16 products, so float32 and float16 stand for all types there.
+"""
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from support_neighborhood import Problem, check, problems, relative_error
+
+from stvision.kernels.neighborhood import na2d, na3d, neighborhood_attention_generic
+from stvision.kernels.neighborhood.choice import interpreted
+from stvision.kernels.neighborhood.problem import build_axes
+from stvision.kernels.neighborhood.reference import dense_attention
+from stvision.kernels.neighborhood.triton_tiles import choose_tiles, three_axes
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if not torch.cuda.is_available() and not interpreted():
+    pytest.skip("no GPU, and TRITON_INTERPRET is not 1", allow_module_level=True)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(dtype: torch.dtype, problem: Problem, **options: Any) -> None:
+    problem.build(dtype, DEVICE)
+    call = neighborhood_attention_generic
+    check(problem, call, dtype, backend="triton", **options)
+
+
+W3 = {"kernel_size": (2, 3, 3)}
+CASES = {
+    "shifted windows": Problem(0, 1, (3, 5, 4), 2, 2, 16, 16, W3),
+    "grouped, batch, head sizes 40 and 24": Problem(1, 2, (3, 4, 5), 2, 1, 40, 24, W3),
+    "dilation": Problem(2, 1, (5, 7), 2, 2, 16, 16, {"kernel_size": (2, 3), "dilation": (2, 2)}),
+    "stride": Problem(3, 1, (6, 7), 2, 1, 16, 16, {"kernel_size": (4, 3), "stride": (4, 2)}),
+    "causal": Problem(
+        4, 1, (3, 4, 4), 1, 1, 16, 16, W3 | {"is_causal": (True, False, True), "stride": (2, 1, 2)}
+    ),
+    "one axis, tokens": Problem(5, 1, (37,), 2, 2, 8, 8, {"kernel_size": (6,)}, tokens=3),
+    "key mask": Problem(6, 2, (4, 6), 1, 1, 16, 16, {"kernel_size": (3, 3)}, masked=True),
+    "bias": Problem(7, 1, (5, 6), 2, 2, 16, 16, {"kernel_size": (3, 4), "dilation": 1}, bias=True),
+    "valid": Problem(8, 1, (5, 6), 1, 1, 16, 16, {"kernel_size": (3, 4), "border": "valid"}),
+    "other grid": Problem(
+        9,
+        1,
+        (6, 8),
+        1,
+        1,
+        16,
+        16,
+        {"kernel_size": (3, 4), "query_map": "center"},
+        query_grid=(3, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32(name: str) -> None:
+    run(torch.float32, CASES[name])
+
+
+def test_float16() -> None:
+    run(torch.float16, CASES["shifted windows"])
+
+
+def test_small_tiles_reach_every_border() -> None:
+    run(torch.float32, CASES["shifted windows"], q_tile_shape=(2, 4, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.differing_executors],
+)
+@given(problem=problems(dims=(16, 32, 40, 64, 80, 128, 160)))
+def test_random_problems_on_a_gpu(dtype: torch.dtype, problem: Problem) -> None:
+    if problem.query_grid is not None and isinstance(problem.window.get("query_map"), str):
+        problem.window["dilation"] = (1,) * len(problem.grid)
+    run(dtype, problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+def test_boxes_as_large_as_the_head_on_a_gpu(dim: int) -> None:
+    """A query tile and a key box of exactly head_dim tokens, over many tiles and borders."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 9, 20, 21, 2, dim, generator=g) for _ in range(3))
+    axes, _ = build_axes((9, 20, 21), (9, 20, 21), kernel_size=(5, 9, 9))
+    half = [x.cuda().bfloat16() for x in (q, k, v)]
+    wanted, _ = dense_attention(*(x.cpu().double() for x in half), axes=axes)
+    found = na3d(*half, (5, 9, 9), backend="triton")
+    assert relative_error(found, wanted) <= 3e-3
+
+
+@pytest.mark.parametrize("dim", [16, 32])
+def test_boxes_through_tensor_descriptors(dim: int) -> None:
+    from stvision.kernels.neighborhood import triton_launch
+
+    if not interpreted() and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("tensor descriptors need a GPU of compute capability 9")
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 6, 2, dim, generator=g).to(DEVICE) for _ in range(3))
+    axes, _ = build_axes((3, 5, 6), (3, 5, 6), kernel_size=(2, 3, 4))
+    wanted, wanted_lse = dense_attention(*(x.cpu().double() for x in (q, k, v)), axes=axes)
+    out, lse = triton_launch.forward(q, k, v, None, None, axes, dim**-0.5, boxes=True)
+    assert relative_error(out, wanted) <= 1e-5
+    assert relative_error(lse, wanted_lse) <= 1e-5
+
+
+def test_descriptors_refuse_what_they_cannot_load() -> None:
+    from stvision.kernels.neighborhood import triton_launch
+
+    q = torch.randn(1, 4, 6, 2, 24, device=DEVICE)
+    axes, _ = build_axes((4, 6), (4, 6), kernel_size=3)
+    with pytest.raises(ValueError, match="tensor descriptors cannot load"):
+        triton_launch.forward(q, q, q, None, None, axes, 0.2, boxes=True)
+
+
+def test_views_give_the_same() -> None:
+    g = torch.Generator().manual_seed(0)
+    packed = torch.randn(1, 4, 5, 3, 2, 16, generator=g).to(DEVICE)
+    q, k, v = packed.unbind(3)
+    wanted = na2d(q.contiguous(), k.contiguous(), v.contiguous(), 3, backend="triton")
+    assert relative_error(na2d(q, k, v, 3, backend="triton"), wanted.double().cpu()) < 1e-6
+    k = k[:, :1].expand(-1, 4, -1, -1, -1)
+    wanted = na2d(q, k.contiguous(), v, 3, backend="triton")
+    assert relative_error(na2d(q, k, v, 3, backend="triton"), wanted.double().cpu()) < 1e-6
+
+
+def test_backward_repeats_bit_by_bit() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 6, 2, 16, generator=g).to(DEVICE) for _ in range(3))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    runs = [
+        torch.autograd.grad(
+            na2d(q, k, v, 3, backend="triton", deterministic=True).square().sum(), (q, k, v)
+        )
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_empty_batch() -> None:
+    q = torch.randn(0, 4, 6, 2, 16, device=DEVICE, requires_grad=True)
+    out = na2d(q, q, q, 3, backend="triton")
+    out.sum().backward()
+    assert out.shape == q.shape
+
+
+def test_chosen_tiles_fit_the_windows() -> None:
+    """On the grid of a video model the box starts at the window, so the waste stays small."""
+    axes = build_axes((30, 48, 80), (30, 48, 80), kernel_size=(18, 24, 24))[0]
+    tiles = choose_tiles(three_axes(axes), 128, 2)
+    pairs = 1.0
+    for axis, query, key in zip(axes, tiles.query, tiles.key, strict=True):
+        from stvision.kernels.neighborhood.triton_tiles import query_tiles
+
+        table = query_tiles(axis, query)
+        boxes = (table[:, 4] - table[:, 3] + key - 1) // key
+        pairs *= query * key * int(boxes.sum()) / (axis.query_length * axis.window)
+    assert pairs < 2.2, tiles
