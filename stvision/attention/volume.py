@@ -96,7 +96,7 @@ class VolumeAttention(AttentionProjections):
         (nh, nw), (sh, sw) = layout.counts, layout.window
         windows = layout.split(table, start=0).permute(1, 3, 0, 2, 4, 5, 6)[..., None, :, :]
         folded = x.reshape(-1, nh, nw, layout.grid[0], sh, sw, self.heads, self.head_dim)
-        return apply_rotary(folded, windows).reshape(x.shape)
+        return apply_rotary(folded, windows, overwrite=True).reshape(x.shape)
 
     def attend(self, packed: Tensor, layout: WindowLayout) -> Tensor:
         """Attention of packed tokens (B · windows, length, C), projections included."""
@@ -130,7 +130,9 @@ class VolumeAttention(AttentionProjections):
         table = self.positions(whole, x)
         query, key, value = (self.split_heads(to(x)) for to in (self.to_q, self.to_k, self.to_v))
         if table is not None:
-            query, key = (apply_rotary(y, table[..., None, :, :]) for y in (query, key))
+            query, key = (
+                apply_rotary(y, table[..., None, :, :], overwrite=True) for y in (query, key)
+            )
         window = self.window(height, width)
         out = window_attention(
             query, key, value, window, is_causal=self.causal, backend=self.backend

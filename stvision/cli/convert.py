@@ -30,11 +30,12 @@ class Command:
     schedule: Literal["sd", "authors"] = "sd"
     """Noise schedule for sampling: Stable Diffusion's own, or that of the authors' sampler."""
 
-    num_frames: int = 16
-    """Frames that the weights were trained on, reference frames included (SSv2 release: 12)."""
+    num_frames: int | None = None
+    """Frames that the weights were trained on, reference frames included (default: 12 for a
+    release with "sthv2_seer" in its path, 16 for the others)."""
 
-    num_reference_frames: int = 1
-    """Reference frames that they were trained on (SSv2 release: 2)."""
+    num_reference_frames: int | None = None
+    """Reference frames that they were trained on (default: 2 for "sthv2_seer", else 1)."""
 
 
 def run(command: Command) -> None:
@@ -42,17 +43,34 @@ def run(command: Command) -> None:
     if command.output.exists() and (not command.output.is_dir() or any(command.output.iterdir())):
         raise FileExistsError(f"{command.output} exists and is not an empty folder")
 
+    ssv2 = "sthv2_seer" in command.path.resolve().parts
+    frames = (12 if ssv2 else 16) if command.num_frames is None else command.num_frames
+    references = command.num_reference_frames
+    if references is None:
+        references = 2 if ssv2 else 1
+    if not 1 <= references < frames:
+        raise ValueError(
+            f"num_reference_frames must be between 1 and num_frames - 1 = {frames - 1}, "
+            f"got {references}"
+        )
+
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import AutoTokenizer, CLIPTextModel
 
-    from stvision.models.convert_seer import convert_seer
+    from stvision.models.convert_seer import convert_seer, find_release
     from stvision.models.sampling import make_scheduler
     from stvision.pipelines.seer import SeerPipeline
 
     dtype = getattr(torch, command.dtype)
-    config = UNet2DConditionModel.load_config(command.sd, subfolder="unet")
+    find_release(command.path)
+    try:
+        config = UNet2DConditionModel.load_config(command.sd, subfolder="unet")
+    except OSError as error:
+        raise FileNotFoundError(
+            f"--sd {command.sd} is no diffusers folder or hub name of Stable Diffusion: {error}"
+        ) from error
     unet, fstext = convert_seer(command.path, config)
     torch.nn.Module.to(unet, dtype)
     torch.nn.Module.to(fstext, dtype)
@@ -65,8 +83,8 @@ def run(command: Command) -> None:
         text_encoder=CLIPTextModel.from_pretrained(
             command.sd, subfolder="text_encoder", dtype=dtype
         ),
-        num_frames=command.num_frames,
-        num_reference_frames=command.num_reference_frames,
+        num_frames=frames,
+        num_reference_frames=references,
         height=256,
         width=256,
     )

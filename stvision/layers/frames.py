@@ -8,29 +8,47 @@ def is_channels_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) == 1
 
 
-def group_norm_frames(norm: nn.GroupNorm, x: Tensor, frames: int) -> Tensor:
-    """Apply ``norm`` with statistics over (frames, H, W) jointly.
+def group_norm_volume(norm: nn.GroupNorm, x: Tensor, frames: int, norm_frames: int) -> Tensor:
+    """Apply ``norm`` and show the result as a volume with channels last.
 
     Args:
         norm: group norm over C channels.
         x: (B·T, C, H, W), frames of a clip consecutive.
-        frames: T; 1 is the ordinary norm of images.
+        frames: T.
+        norm_frames: frames that share statistics, T or 1.
 
     Returns:
-        (B·T, C, H, W). No copy is made for channels-last inputs where the norm's kernel keeps
-        that layout (CPU); contiguous inputs are reordered once on each side for B > 1.
+        (B, T, H, W, C), a view of what the norm wrote.
     """
-    if frames == 1:
-        return norm(x)
     n, c, h, w = x.shape
     batch = n // frames
+    if norm_frames == 1:
+        return norm(x).permute(0, 2, 3, 1).unflatten(0, (batch, frames))
     if is_channels_last(x):
         # the rows of all frames stacked are one tall channels-last image
         tall = x.permute(0, 2, 3, 1).reshape(batch, frames * h, w, c).permute(0, 3, 1, 2)
-        y = norm(tall)
-        return y.permute(0, 2, 3, 1).reshape(n, h, w, c).permute(0, 3, 1, 2)
-    y = norm(x.unflatten(0, (batch, frames)).transpose(1, 2))
-    return y.transpose(1, 2).reshape(n, c, h, w)
+        return norm(tall).permute(0, 2, 3, 1).unflatten(1, (frames, h))
+    return norm(x.unflatten(0, (batch, frames)).transpose(1, 2)).permute(0, 2, 3, 4, 1)
+
+
+def group_norm_frames(norm: nn.GroupNorm, x: Tensor, norm_frames: int) -> Tensor:
+    """Apply ``norm`` with statistics over (norm_frames, H, W) jointly.
+
+    Args:
+        norm: group norm over C channels.
+        x: (B·T, C, H, W), frames of a clip consecutive.
+        norm_frames: frames that share statistics; 1 is the ordinary norm of images.
+
+    Returns:
+        (B·T, C, H, W). No copy is made for channels-last inputs where the norm's kernel keeps
+        that layout (CPU); contiguous inputs are reordered once on each side, for B = 1 on one.
+    """
+    if norm_frames == 1:
+        return norm(x)
+    volume = group_norm_volume(norm, x, norm_frames, norm_frames)
+    if is_channels_last(x):
+        return volume.flatten(0, 1).permute(0, 3, 1, 2)
+    return volume.permute(0, 1, 4, 2, 3).flatten(0, 1)
 
 
 def add_per_clip(x: Tensor, per_clip: Tensor, frames: int) -> Tensor:

@@ -73,15 +73,20 @@ def rotary_table(
     return _TABLES[key][:length]
 
 
-def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, table: Tensor, *, overwrite: bool = False) -> Tensor:
     """Rotate the first channels of ``x`` in interleaved pairs, pass the others through.
 
     Args:
         x: (..., head_dim), any floating dtype; the rotation is computed in at least float32.
         table: (..., dim / 2, 2) cosine and sine, broadcast against the leading axes of ``x``.
+        overwrite: allow the result to be written into ``x``, which happens where gradients are
+            off: fewer launches and no traffic for the channels that pass through.
 
     Returns:
         Tensor like ``x``.
+
+    Raises:
+        ValueError: the table is wider than ``x``.
     """
     dim = 2 * table.shape[-2]
     if dim > x.shape[-1]:
@@ -95,7 +100,11 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
         if x.shape[-1] % 2:
             pairs = pairs.contiguous()
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
-    turned = turned.flatten(-2).to(x.dtype)
+    turned = turned.flatten(-2)
+    if overwrite and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        x[..., :dim].copy_(turned)
+        return x
+    turned = turned.to(x.dtype)
     return turned if dim == x.shape[-1] else torch.cat((turned, x[..., dim:]), dim=-1)
 
 

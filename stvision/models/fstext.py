@@ -28,7 +28,8 @@ class _SequenceAttention(AttentionProjections):
         query, key = self.split_heads(self.to_q(x)), self.split_heads(self.to_k(source))
         if self.over_time:
             table = self.rotary_emb.table(x.shape[1], x)[:, None]
-            query, key = apply_rotary(query, table), apply_rotary(key, table)
+            query = apply_rotary(query, table, overwrite=True)
+            key = apply_rotary(key, table, overwrite=True)
         out = dispatch_attention(
             query,
             key,

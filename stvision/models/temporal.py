@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stvision.attention import ATTENTIONS, VolumeAttention
 from stvision.attention.windows import WindowLayout
-from stvision.layers.frames import PointwiseConv, group_norm_frames, is_channels_last
+from stvision.layers.frames import PointwiseConv, group_norm_volume, is_channels_last
 
 
 class TemporalBlock(nn.Module):
@@ -118,9 +118,9 @@ class TemporalTransformer(nn.Module):
         own = self.attention.layout(grid)
         layout = WindowLayout(grid, (height, width)) if own is None else own
 
-        normed = group_norm_frames(self.norm, x, frames if norm_frames is None else norm_frames)
-        folded = normed.permute(0, 2, 3, 1).unflatten(0, (n // frames, frames))
-        tokens = self.proj_in(layout.pack(folded))
+        shared = frames if norm_frames is None else norm_frames
+        normed = group_norm_volume(self.norm, x, frames, shared)
+        tokens = self.proj_in(layout.pack(normed))
         for block in self.transformer_blocks:
             tokens = block(tokens, layout, own is not None, skip_frames)
         update = layout.unpack_view(self.proj_out(tokens))  # (B, T, windows, rows, ..., C)

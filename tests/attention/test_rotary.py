@@ -63,3 +63,15 @@ def test_table_made_in_inference_mode_serves_a_backward() -> None:
 def test_odd_dim_is_refused() -> None:
     with pytest.raises(ValueError, match="dim must be an even number"):
         rotary_frequencies(5)
+
+
+def test_overwriting_happens_only_without_gradients() -> None:
+    table = rotary_table(5, 6)
+    x = torch.randn(5, 10)
+    expected = apply_rotary(x, table)
+    kept = x.clone().requires_grad_()
+    assert torch.equal(apply_rotary(kept, table, overwrite=True), expected)
+    assert torch.equal(kept, x)
+    with torch.no_grad():
+        assert apply_rotary(x, table, overwrite=True) is x
+    assert torch.equal(x, expected)

@@ -18,7 +18,7 @@ from stvision.attention.seer_window import seer_window
 
 def visible(grid: tuple[int, int, int], window: tuple[int, int], causal: bool) -> Tensor:
     """(N, N) mask of the volume's tokens in (frame, row, column) order."""
-    f, y, x = torch.meshgrid(*[torch.arange(n) for n in grid], indexing="ij")
+    _, y, x = torch.meshgrid(*[torch.arange(n) for n in grid], indexing="ij")
     cell = (y // window[0] * 10_000 + x // window[1]).flatten()
     same = cell[:, None] == cell[None, :]
     # inside a window the order of the volume and that of the window agree

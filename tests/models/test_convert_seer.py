@@ -142,17 +142,22 @@ def test_command_writes_a_pipeline_folder(release, stable_diffusion, tmp_path, c
 
     folder, *models = release
     out = tmp_path / "seer"
-    given = command.Command(
-        kind="seer", path=folder, output=out, sd=str(stable_diffusion), num_frames=4
-    )
+    given = command.Command(kind="seer", path=folder, output=out, sd=str(stable_diffusion))
     command.run(given)
     assert "wrote" in capsys.readouterr().out
     parts = {"unet", "fstext", "vae", "text_encoder", "tokenizer", "scheduler"}
     assert parts <= {item.name for item in out.iterdir()}
     assert json.loads((out / "model_index.json").read_text())["_class_name"] == "SeerPipeline"
     pipeline = SeerPipeline.from_pretrained(out)
-    assert pipeline.config.num_frames == 4
+    assert (pipeline.config.num_frames, pipeline.config.num_reference_frames) == (12, 2)
     assert pipeline.scheduler.config.beta_start == 0.00085
     assert torch.equal(outputs(pipeline.unet, pipeline.fstext), outputs(*models))
     with pytest.raises(FileExistsError, match="not an empty folder"):
         command.run(given)
+    given.output, given.sd = tmp_path / "other", str(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is no diffusers folder or hub name"):
+        command.run(given)
+    given.num_frames = 2
+    with pytest.raises(ValueError, match="num_reference_frames must be between 1 and"):
+        command.run(given)
+    assert not given.output.exists()
