@@ -109,7 +109,7 @@ class ClipFolder(ClipDataset):
                 )
             if wanted is not None and canonical_split(str(line.get("split") or "train")) != wanted:
                 continue
-            if any(not _matches(line.get(column), value) for column, value in where.items()):
+            if any(not matches(line.get(column), value) for column, value in where.items()):
                 continue
             texts = _as_list(line.get("captions"))
             text = next((line[c] for c in TEXT_COLUMNS if line.get(c)), None)
@@ -157,7 +157,7 @@ def read_index(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{file}, line {number}: no JSON ({error})") from error
                 if not isinstance(line, dict):
-                    raise ValueError(f"{file}, line {number}: no JSON object")
+                    raise ValueError(f"{file}, line {number}: no JSON object")  # noqa: TRY004
                 yield line
     elif file.suffix in {".csv", ".tsv"}:
         with file.open(encoding="utf-8-sig", newline="") as lines:
@@ -221,7 +221,8 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _matches(value: Any, wanted: Any) -> bool:
+def matches(value: Any, wanted: Any) -> bool:
+    """Whether a column has the wanted value, or one of several."""
     if isinstance(wanted, list | tuple | set | frozenset):
         return value in wanted or str(value) in {str(item) for item in wanted}
     return bool(value == wanted) or str(value) == str(wanted)

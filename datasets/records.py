@@ -339,17 +339,8 @@ class ClipDataset(Dataset):
 
         chosen = list(range(len(self))) if indices is None else list(indices)
         tally = Tally(self.name)
-        loader: Any = DataLoader(
-            _Tolerant(self),
-            batch_size=None,
-            sampler=chosen,
-            num_workers=workers,
-            timeout=timeout if workers else 0,
-            prefetch_factor=4 if workers else None,
-            # workers start while this process may hold threads that a fork would not copy
-            multiprocessing_context="spawn" if workers else None,
-        )
-        for item in tqdm(loader, total=len(chosen), unit="clip", disable=not progress):
+        items = self.iter_items(workers, indices=chosen, timeout=timeout)
+        for item in tqdm(items, total=len(chosen), unit="clip", disable=not progress):
             if isinstance(item, Skipped):
                 tally.skip(item.reason, item.key)
                 continue
@@ -357,6 +348,21 @@ class ClipDataset(Dataset):
             yield item
         tally.report()
         self.last_tally = tally
+
+    def iter_items(
+        self, workers: int = 0, *, indices: Sequence[int], timeout: float = 300.0
+    ) -> Iterator[Record | Skipped]:
+        """As :meth:`iter_records`, with a :class:`Skipped` for each clip that cannot be used."""
+        yield from DataLoader(
+            _Tolerant(self),
+            batch_size=None,
+            sampler=indices,  # type: ignore[arg-type]
+            num_workers=workers,
+            timeout=timeout if workers else 0,
+            prefetch_factor=4 if workers else None,
+            # workers start while this process may hold threads that a fork would not copy
+            multiprocessing_context="spawn" if workers else None,
+        )
 
 
 class _Tolerant(Dataset):
