@@ -169,7 +169,8 @@ class SeerTask(Task):
             self.unet.enable_gradient_checkpointing()
             self.fstext.enable_gradient_checkpointing()
         self.noising = Noising(config.diffusion, device)
-        self.model = _Network(self.unet, self.fstext, held.null_text, config.cond_frames)
+        self.network = _Network(self.unet, self.fstext, held.null_text, config.cond_frames)
+        self.model = self.network
 
     def inputs(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
         """Clean references, noised future latents, and who loses the sentence."""
@@ -242,7 +243,7 @@ class SeerTask(Task):
         noise = randn_per_sample(
             (batch, channels, total - count, height, width), seeds, self.device
         )
-        null = self.model.null_text.expand(batch, -1, -1)
+        null = self.network.null_text.expand(batch, -1, -1)
         latents = denoise(
             self.unet,
             self.noising.scheduler,

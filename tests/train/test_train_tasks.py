@@ -1,0 +1,247 @@
+"""Every task on a data set of a few tiny clips, through its command-line entry."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from stvision.cli.main import main as cli
+from stvision.models.fstext import FSTextDecomposer
+from stvision.models.seer import SeerUNetModel
+from stvision.train import action, image, seer, vae
+from stvision.train.store import build
+
+UNET = {
+    "sample_size": 4,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 384,
+    "attention_head_dim": 2,
+}
+LOOP = {"max_steps": 6, "batch_size": 2, "log_every": 1, "save_every": 3, "warmup_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed clips of two classes (a square goes right, or down), and a trained VAE."""
+    root = tmp_path_factory.mktemp("world")
+
+    def make(indices: Any) -> Any:
+        frames = torch.full((len(indices), 4, 16, 16, 3), 40, dtype=torch.uint8)
+        entries = []
+        for place, index in enumerate(indices):
+            for time in range(4):
+                row, column = (2, 2 + 3 * time) if index % 2 else (2 + 3 * time, 2)
+                frames[place, time, row : row + 4, column : column + 4] = 60 + 20 * (index % 7)
+            side = "right" if index % 2 else "down"
+            captions = [f"move {side}", f"push it {side}"]
+            entries.append({"key": f"clip{index}", "captions": captions, "meta": {"task": side}})
+        return {"frames": frames}, entries
+
+    for split, count in (("train", 10), ("val", 4)):
+        build(root / "data" / split, count, make, {"split": split}, split)
+    assert vae.main([*words(root, "vae", cache="frames"), "--block-out-channels", "8", "8", "8", "--norm-num-groups", "4"]) == 0
+    return root
+
+
+def words(root: Path, name: str, cache: str = "latents", **loop: Any) -> list[str]:
+    """Options that every task shares."""
+    options = {f"loop.{key}": value for key, value in {**LOOP, **loop}.items()}
+    options |= {
+        "output_dir": root / name,
+        "data.kind": "packed",
+        "data.root": root / "data",
+        "data.cache_dir": root / "cache",
+        "data.num_frames": 4,
+        "data.height": 16,
+        "data.width": 16,
+        "data.workers": 0,
+        "data.cache": cache,
+        "data.validation_clips": 3,
+    }
+    flags = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
+    return [*flags, "--loop.no-tensorboard"]
+
+
+def write(root: Path, name: str, **values: Any) -> list[str]:
+    """A configuration file with what the command line cannot say."""
+    path = root / f"{name}.yaml"
+    path.write_text(json.dumps(values))  # JSON is YAML
+    return ["--config", str(path)]
+
+
+@pytest.fixture(scope="module")
+def base(world: Path) -> Path:
+    config = write(world, "image", unet=UNET, vae=str(world / "vae/model"))
+    options = ["--text.max-length", "8", "--sampling-steps", "2"]
+    assert image.main([*config, *words(world, "image"), *options]) == 0
+    return world / "image" / "model"
+
+
+def train_seer(world: Path, name: str, values: dict[str, Any], **loop: Any) -> Path:
+    shared = {
+        "vae": str(world / "vae/model"),
+        "base": str(world / "image/model"),
+        "fstext": {"inner_dim": 8, "num_layers": 1, "num_heads": 2, "ff_mult": 1},
+        "fstext_init_steps": 3,
+        "sampling_steps": 2,
+        "text": {"max_length": 8},
+        "diffusion": {"text_dropout": 0.3},
+    }
+    config = write(world, name, **{**shared, **values})
+    assert seer.main([*config, *words(world, name, **loop)]) == 0
+    return world / name
+
+
+def log(folder: Path) -> list[float]:
+    return [json.loads(x)["loss"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_vae_stores_the_scaling_factor_of_its_latents(world: Path) -> None:
+    model = AutoencoderKL.from_pretrained(world / "vae" / "model")
+    frames = torch.cat([load_file(f)["frames"] for f in (world / "data/val").glob("*.safetensors")])
+    flat = (frames.flatten(0, 1).float() / 127.5 - 1).permute(0, 3, 1, 2)
+    posterior = model.encode(flat).latent_dist
+    deviation = float((posterior.mean + posterior.std * torch.randn_like(posterior.mean)).std())
+    assert model.config.scaling_factor == pytest.approx(1 / deviation, rel=0.15)
+    assert (world / "vae/validation/step_00000006/reconstruction.png").is_file()
+
+
+def test_image_model_is_a_diffusers_folder(base: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    assert unet.config.cross_attention_dim == 384
+    validation = json.loads((base.parent / "validation.jsonl").read_text())
+    assert validation["step"] == 6 and validation["loss"] > 0
+
+
+def test_inflation_trains_temporal_layers_only_and_exports_a_pipeline(
+    world: Path, base: Path
+) -> None:
+    folder = train_seer(world, "seer", {})
+    stored = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    unet = SeerUNetModel.from_pretrained(folder / "model" / "unet")
+    state = unet.state_dict()
+    for name, value in stored.items():
+        assert torch.equal(state[name], value.half().float()), name
+    moved = [name for name in state if "temporal_attentions" in name and "proj_out" in name]
+    assert moved and all(state[name].abs().sum() > 0 for name in moved)
+    index = json.loads((folder / "model" / "model_index.json").read_text())
+    assert index["text_model"] == "minilm" and index["num_frames"] == 4
+    assert not (folder / "model" / "text_encoder").exists()
+    metrics = json.loads((folder / "validation.jsonl").read_text())
+    assert {"loss", "psnr", "psnr_copy"} <= set(metrics)
+    assert (folder / "validation/step_00000006/clip_0.gif").is_file()
+
+
+def test_exported_folder_predicts_with_the_pipeline(world: Path, base: Path) -> None:
+    from stvision.pipelines.seer import SeerPipeline
+
+    folder = world / "seer" / "model"
+    pipe = SeerPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    frame = torch.rand(1, 16, 16, 3)
+    out = pipe("move right", frames=frame, num_inference_steps=2, generator=0, output_type="pt")
+    assert torch.isfinite(torch.as_tensor(out.frames[0])).all()
+
+
+def test_loader_gives_another_order_of_the_same_and_resumes(world: Path, base: Path) -> None:
+    """Without resident data the position of the loader is part of a checkpoint."""
+    options = {"data": {"resident": False}, "fstext_init_steps": 0}
+    whole = train_seer(world, "loader_whole", options, max_steps=7)
+    parts = world / "loader_parts"
+    train_seer(world, "loader_parts", options, max_steps=7, log_every=1)
+    newest = max((parts / "checkpoints").glob("step_*"))
+    assert newest.name == "step_00000007"
+    # back to the checkpoint of step 6, in the middle of the second epoch
+    import shutil
+
+    shutil.rmtree(newest)
+    (parts / "status.json").unlink()
+    train_seer(world, "loader_parts", options, max_steps=7)
+    assert log(parts) == log(whole)
+
+
+def test_moments_are_drawn_anew_and_samples_are_not(world: Path, base: Path) -> None:
+    drawn = train_seer(world, "sampled", {"data": {"latents": "sampled"}}, max_steps=2)
+    assert len(log(drawn)) == 2
+    caches = {folder.name.split("-")[0]: folder for folder in (world / "cache").iterdir()}
+    names = [
+        set(load_file(next(folder.glob("shard*.safetensors"))))
+        for folder in (world / "cache").glob("latents-train-*")
+    ]
+    assert sorted(map(sorted, names)) == [["latents"], ["mean", "std"]] and "text" in caches
+
+
+def test_adapters_merge_into_the_exported_weights(world: Path, base: Path) -> None:
+    folder = train_seer(world, "lora", {"image_layers": "lora", "lora": {"rank": 2}})
+    stored = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    state = SeerUNetModel.from_pretrained(folder / "model" / "unet").state_dict()
+    changed = {n for n, v in stored.items() if not torch.equal(state[n], v.half().float())}
+    assert changed and all(".attn" in name and "temporal" not in name for name in changed)
+    assert any((folder / "model" / "unet_lora").glob("*.safetensors"))
+
+
+def test_from_scratch_trains_everything(world: Path) -> None:
+    values = {"base": None, "image_layers": "trained", "unet": UNET}
+    folder = train_seer(world, "scratch", values)
+    weights = max((folder / "checkpoints").glob("step_*")) / "model.safetensors"
+    trained = set(load_file(weights))
+    unet = SeerUNetModel.from_pretrained(folder / "model" / "unet")
+    assert {f"unet.{name}" for name, _ in unet.named_parameters()} <= trained
+
+
+def test_uncached_training_encodes_on_the_way(world: Path, base: Path) -> None:
+    options = {"data": {"resident": False}, "fstext_init_steps": 0}
+    config = write(
+        world,
+        "uncached",
+        vae=str(world / "vae/model"),
+        base=str(base),
+        fstext={"inner_dim": 8, "num_layers": 1, "num_heads": 2},
+        sampling_steps=2,
+        text={"max_length": 8},
+        **options,
+    )
+    flags = words(world, "uncached", cache="off", max_steps=2)
+    assert seer.main([*config, *flags]) == 0
+    assert len(log(world / "uncached")) == 2
+
+
+def test_action_classifier_learns_its_classes(world: Path) -> None:
+    config = write(world, "action", model={"widths": [8, 8], "depth": 1})
+    flags = words(world, "action", cache="frames", max_steps=60, learning_rate=0.01, save_every=60)
+    assert action.main([*config, *flags, "--max-shift", "0"]) == 0
+    metrics = json.loads((world / "action" / "validation.jsonl").read_text())
+    assert metrics["accuracy"] == 1.0
+    from stvision.models.action import ActionClassifier
+
+    model = ActionClassifier.from_pretrained(world / "action" / "model")
+    assert list(model.config.class_names) == ["down", "right"]
+
+
+def test_pre_initialisation_hands_on_the_sentence(world: Path, base: Path) -> None:
+    folder = world / "seer" / "fstext_init"
+    values = log(folder)
+    assert values[-1] < values[0]
+    assert FSTextDecomposer.from_pretrained(folder / "model").config.dim == 384
+
+
+def test_command_lists_tasks_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["train"]) == 0
+    assert "accelerate launch -m stvision.train.TASK" in capsys.readouterr().out
+    assert cli(["train", "seeer"]) == 2
+    assert "did you mean 'seer'" in capsys.readouterr().err
+    assert cli(["train", "vae", "--config", "nowhere.yaml"]) == 2
+    assert "no configuration file 'nowhere.yaml'" in capsys.readouterr().err
+
+
+def test_shift_moves_whole_pixels_and_repeats_the_border() -> None:
+    frames = torch.arange(12.0).reshape(1, 1, 1, 3, 4)
+    moved = action.shift_clips(frames, torch.tensor([[1.0, -2.0]]))[0, 0, 0]
+    assert moved.tolist() == [[2, 3, 3, 3], [2, 3, 3, 3], [6, 7, 7, 7]]
