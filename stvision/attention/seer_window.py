@@ -1,4 +1,4 @@
-"""Seer's spatial-autoregressive window-temporal attention ("SAWT"; Gu et al. 2024, section 4.2)."""
+"""Seer's spatial-autoregressive window-temporal attention ("SAWT"; Gu et al. 2024, Seer)."""
 
 from torch import Tensor
 

@@ -66,11 +66,16 @@ def rotary_table(
         device = torch.device("cuda", torch.cuda.current_device())
     rows = max(16, 1 << (length - 1).bit_length())
     key = (rows, dim, theta, device, dtype)
-    if key not in _TABLES:
+    table = _TABLES.get(key)
+    if table is None:
         # inference tensors cannot be saved for a later backward, so build outside of that mode
         with torch.inference_mode(False), torch.no_grad():
-            _TABLES[key] = _build_table(rows, dim, theta, device, dtype)
-    return _TABLES[key][:length]
+            table = _build_table(rows, dim, theta, device, dtype)
+        # what a graph capture allocates belongs to the graph, and a fake tensor to its mode
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if type(table) is Tensor and not capturing:
+            _TABLES[key] = table
+    return table[:length]
 
 
 def apply_rotary(x: Tensor, table: Tensor, *, overwrite: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""Frame sequential text decomposer: a sentence into one sub-instruction a frame (Seer, section 4.3)."""
+"""Frame sequential text decomposer: a sentence into one sub-instruction a frame (Gu et al. 2024)."""
 
 from typing import Any
 

@@ -75,3 +75,9 @@ def test_overwriting_happens_only_without_gradients() -> None:
     with torch.no_grad():
         assert apply_rotary(x, table, overwrite=True) is x
     assert torch.equal(x, expected)
+
+
+def test_fake_tensors_do_not_stay_behind() -> None:
+    with torch._subclasses.FakeTensorMode():
+        rotary_table(40, 14, 55.0)
+    assert type(rotary_table(40, 14, 55.0)) is torch.Tensor
