@@ -166,3 +166,26 @@ def test_clips_of_two_folders(tmp_path, capsys):
     assert scores["clip0"] == 100 and 5 < scores["clip1"] < 20 and scores["clip2"] is None
     assert main(["eval", "clips", str(tmp_path / "real"), str(tmp_path / "none")]) == 2
     assert "no folder of clips" in capsys.readouterr().err
+
+
+def test_clips_are_read_from_a_folder_with_an_index(tmp_path):
+    lines = []
+    for number, (task, text) in enumerate(TASKS.items()):
+        frames = torch.full((8, 32, 32, 3), 40 * number + 40, dtype=torch.uint8)
+        save_clip(Clip.from_frames(frames), tmp_path / f"{number}.mp4")
+        line = {"path": f"{number}.mp4", "caption": text, "task": task, "split": "test"}
+        lines.append(json.dumps(line))
+    lines.append(json.dumps({"path": "0.mp4", "caption": "x", "task": "y", "split": "train"}))
+    (tmp_path / "broken.mp4").write_text("no video")
+    lines.append(json.dumps({"path": "broken.mp4", "caption": "x", "task": "z", "split": "test"}))
+    (tmp_path / "index.jsonl").write_text("\n".join(lines))
+    command = eval_command.Predict(data=tmp_path)
+    dataset = eval_command.open_data(command, 5, (16, 16))
+    choice = eval_command._choose(dataset, 10, 5)
+    assert {item.task: item.text for item in choice.items} == TASKS
+    assert choice.unreadable == 1
+    # the two tasks of the door begin alike in the simulator's own scenes
+    doors = choice.scene_tasks[choice.items[0].scene]
+    assert sorted(doors) == ["door-close-v3", "door-open-v3"]
+    record = dataset[choice.items[1].number]
+    assert record.frames.shape == (5, 16, 16, 3) and record.frames.dtype == torch.uint8
