@@ -113,7 +113,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         count = self._count()
         if self.leftover == "drop":
             return count // self.world_size
-        return -(-count // self.world_size)
+        return (count + self.world_size - 1) // self.world_size
 
     def _global_batches(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)

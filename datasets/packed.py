@@ -81,7 +81,7 @@ def pack(
         frames = np.lib.format.open_memmap(partial, mode="r+")
     blocks = {line["block"]: line for line in lines[1:]}
     with tqdm(total=shape[0], unit="clip", disable=not progress, desc="pack") as bar:
-        todo = []
+        todo: list[int] = []
         for start in range(0, shape[0], _BLOCK):
             if start in blocks:
                 bar.update(min(_BLOCK, shape[0] - start))

@@ -257,6 +257,9 @@ class ClipDataset(Dataset):
             raise
         except (ValueError, IndexError, OSError, RuntimeError) as error:
             raise ClipError("broken", f"{entry.key}: {error}") from error
+        return self._fit(clip)
+
+    def _fit(self, clip: Any) -> Any:
         if self.size is not None and (clip.height, clip.width) != self.size:
             height, width = self.size
             scale = max(height / clip.height, width / clip.width)
