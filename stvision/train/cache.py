@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from stvision.config import parse_config
+from stvision.datasets.records import Record
 from stvision.train.data import DataConfig, TextTable, open_reader, to_network_range
 from stvision.train.encoders import TextConfig, TextEncoder, encode_frames, load_vae
 from stvision.train.folders import replaced_folder
@@ -30,67 +31,35 @@ from stvision.train.store import Store, build, digest, weights_digest
 logger = logging.getLogger(__name__)
 
 
-class _Decoded(Dataset):
-    """Records of a reader, or the sentence that says why one cannot be read."""
+class _Decoder:
+    """Frames of a reader's clips in rising order, decoded ahead by one set of workers."""
 
-    def __init__(self, reader: Any, indices: Sequence[int], frames: int) -> None:
-        self.reader, self.indices, self.frames = reader, indices, frames
+    def __init__(self, reader: Any, config: DataConfig) -> None:
+        self.reader, self.config = reader, config
+        self._items: Iterator[Any] = iter(())
+        self._position = -1
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    def __call__(self, indices: Sequence[int]) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Frames (n, T, H, W, C) uint8 and entries of those clips that can be used."""
+        if self._position != indices[0]:
+            self._items = self._read(range(indices[0], len(self.reader)))
+        self._position = indices[-1] + 1
+        frames, entries = [], []
+        for item in islice(self._items, len(indices)):
+            if not isinstance(item, Record):
+                logger.warning("left out: %s (%s)", item.key, item.reason)
+                continue
+            captions = list(item.meta.get("captions") or [item.text])
+            meta = {k: v for k, v in item.meta.items() if isinstance(v, str | int | float | bool)}
+            frames.append(item.frames)
+            entries.append({"key": item.key, "captions": captions, "meta": meta})
+        shape = (0, self.config.num_frames, self.config.height, self.config.width, 3)
+        return torch.stack(frames) if frames else torch.empty(shape, dtype=torch.uint8), entries
 
-    def __getitem__(self, place: int) -> tuple[Tensor, dict[str, Any]] | str:
-        try:
-            record = self.reader[self.indices[place]]
-        except (ValueError, OSError, RuntimeError) as error:
-            return str(error)
-        if record is None:
-            return "no clip"
-        if len(record.frames) != self.frames:
-            return f"{record.key} has {len(record.frames)} of {self.frames} frames"
-        captions = list(record.meta.get("captions") or [record.text])
-        captions = [caption for caption in captions if caption.strip()]
-        if not captions:
-            return f"{record.key} has no caption"
-        meta = {k: v for k, v in record.meta.items() if isinstance(v, str | int | float | bool)}
-        return record.frames, {"key": record.key, "captions": captions, "meta": meta}
-
-
-def _decode(
-    reader: Any, indices: Sequence[int], config: DataConfig
-) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Frames (n, T, H, W, C) uint8 and entries of those indices that can be used."""
-    loader = DataLoader(
-        _Decoded(reader, indices, config.num_frames),
-        batch_size=None,
-        num_workers=config.workers if len(indices) > 4 else 0,
-        timeout=600 if config.workers and len(indices) > 4 else 0,
-    )
-    frames, entries = [], []
-    for item in loader:
-        if isinstance(item, str):
-            logger.warning("left out: %s", item)
-            continue
-        frames.append(item[0])
-        entries.append(item[1])
-    shape = (0, config.num_frames, config.height, config.width, 3)
-    return torch.stack(frames) if frames else torch.empty(shape, dtype=torch.uint8), entries
-
-
-def reader_fingerprint(reader: Any, root: str) -> str:
-    """Hash of what a reader would read: keys, and size and time of the files where it has paths."""
-    own = getattr(reader, "fingerprint", None)
-    if callable(own):
-        return str(own())
-    paths = getattr(reader, "paths", None)
-    if paths is None:
-        folder = Path(root)
-        paths = sorted(folder.glob("*.json*")) + sorted(folder.glob("*.csv"))
-    stamps = []
-    for path in paths() if callable(paths) else paths:
-        facts = Path(path).stat()
-        stamps.append([str(path), facts.st_size, facts.st_mtime_ns])
-    return digest([len(reader), stamps])
+    def _read(self, indices: Sequence[int]) -> Iterator[Any]:
+        if hasattr(self.reader, "iter_items"):
+            return self.reader.iter_items(self.config.workers, indices=indices)
+        return (self.reader[index] for index in indices)
 
 
 def _cut(config: DataConfig) -> dict[str, Any]:
@@ -103,11 +72,13 @@ def _cut(config: DataConfig) -> dict[str, Any]:
 def cached_frames(config: DataConfig, split: str, reader: Any = None) -> Store:
     """Decoded frames ``frames`` (N, T, H, W, C) uint8 of a split; made when not there."""
     reader = open_reader(config, split) if reader is None else reader
-    spec = {"split": split, **_cut(config), "files": reader_fingerprint(reader, config.root)}
+    spec = {"split": split, **_cut(config), "files": reader.fingerprint()}
     folder = Path(config.cache_dir) / f"frames-{split}-{digest(spec)}"
 
+    decode = _Decoder(reader, config)
+
     def make(indices: Sequence[int]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        frames, entries = _decode(reader, indices, config)
+        frames, entries = decode(indices)
         return {"frames": frames}, entries
 
     return build(folder, len(reader), make, spec, f"frames of {split}")
@@ -128,14 +99,16 @@ def cached_latents(
         **_cut(config),
         "latents": config.latents,
         "seed": seed if config.latents == "sampled" else None,
-        "files": reader_fingerprint(reader, config.root),
+        "files": reader.fingerprint(),
         "vae": weights_digest(vae),
         "scale": vae.config.scaling_factor,
     }
     folder = Path(config.cache_dir) / f"latents-{split}-{digest(spec)}"
 
+    decode = _Decoder(reader, config)
+
     def make(indices: Sequence[int]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        frames, entries = _decode(reader, indices, config)
+        frames, entries = decode(indices)
         if not entries:
             return {}, []
         parts = [encode_frames(vae, to_network_range(part.to(device))) for part in frames.split(16)]

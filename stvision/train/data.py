@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from stvision.datasets.batching import BucketBatchSampler
 from stvision.train.state import derive_seed
 
 #: kind of data set -> "module:class" of its reader
@@ -17,7 +18,7 @@ READERS: dict[str, str] = {
     "something": "stvision.datasets.something:SomethingSomething",
     "bridge": "stvision.datasets.bridge:BridgeData",
     "epic": "stvision.datasets.epic:EpicKitchens",
-    "packed": "stvision.train.store:PackedClips",
+    "packed": "stvision.datasets.packed:PackedFolder",
 }
 
 
@@ -26,12 +27,12 @@ class DataConfig:
     """Which clips, cut how, and where the results of costly steps are kept."""
 
     kind: Literal["clips", "something", "bridge", "epic", "packed"] = "clips"
-    """Format of the data set; "packed" is a folder of decoded frames, one cache entry a split."""
+    """Format of the data set; "packed" is a folder written by `stvision.datasets.packed.pack`."""
     root: str = "data/metaworld"
     """Folder of the data set."""
     split: str = "train"
     """Split that is trained on."""
-    validation_split: str = "val"
+    validation_split: str = "validation"
     """Split that is validated on."""
     num_frames: int = 12
     """Frames of a clip, uniformly over its length."""
@@ -186,44 +187,20 @@ class ResidentSource:
         """Nothing to do."""
 
 
-class EpochSampler:
-    """Batches of indices in a new order every epoch, from any position on.
+class _Endless:
+    """Batches of (index, seed of the item) from a place on, epoch after epoch."""
 
-    The interface that :class:`LoaderSource` needs of a batch sampler: iteration gives the batches
-    of the present epoch from the present position on, ``set_position`` moves it.
-
-    Args:
-        count: number of items.
-        batch_size: items in a batch of one process.
-        seed: of the orders.
-        rank: number of this process.
-        world: number of processes.
-    """
-
-    def __init__(
-        self, count: int, batch_size: int, *, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
-        if count < batch_size * world:
-            raise ValueError(
-                f"{count} items do not fill one batch of {batch_size} on {world} process(es)"
-            )
-        self.count, self.batch_size = count, batch_size
-        self.seed, self.rank, self.world = seed, rank, world
-        self.epoch = self.position = 0
-
-    def set_position(self, epoch: int, position: int) -> None:
-        """Let the next iteration start at a batch of an epoch."""
+    def __init__(self, sampler: BucketBatchSampler, seed: int, epoch: int, position: int) -> None:
+        self.sampler, self.seed = sampler, seed
         self.epoch, self.position = epoch, position
 
-    def __len__(self) -> int:
-        return self.count // (self.batch_size * self.world)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, 3, self.epoch))
-        order = torch.randperm(self.count, generator=generator).tolist()
-        for place in range(self.position, len(self)):
-            start = (place * self.world + self.rank) * self.batch_size
-            yield order[start : start + self.batch_size]
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, position = self.epoch, self.position
+        while True:
+            self.sampler.set_position(epoch, position)
+            for batch in self.sampler:
+                yield [(index, derive_seed(self.seed, 4, epoch, index)) for index in batch]
+            epoch, position = epoch + 1, 0
 
 
 class LoaderSource:
@@ -232,7 +209,7 @@ class LoaderSource:
     Args:
         dataset: ``dataset[index, seed]`` gives a dict of tensors and strings; ``seed`` is a
             function of (seed, epoch, index) and decides all randomness of an item.
-        sampler: see :class:`EpochSampler`.
+        sampler: order of the items, divided among the processes.
         collate: list of items -> batch.
         seed: of the items' randomness.
         device: where tensors are put.
@@ -244,7 +221,7 @@ class LoaderSource:
     def __init__(
         self,
         dataset: Dataset,
-        sampler: Any,
+        sampler: BucketBatchSampler,
         collate: Callable[[list[Any]], dict[str, Any]],
         *,
         seed: int,
@@ -260,11 +237,7 @@ class LoaderSource:
         self._batches: Iterator[dict[str, Any]] | None = None
 
     def _start(self) -> Iterator[dict[str, Any]]:
-        self.sampler.set_position(self.epoch, self.consumed)
-        batches = [
-            [(index, derive_seed(self.seed, 4, self.epoch, index)) for index in batch]
-            for batch in self.sampler
-        ]
+        batches = _Endless(self.sampler, self.seed, self.epoch, self.consumed)
         loader = DataLoader(
             self.dataset,
             batch_sampler=batches,  # type: ignore[arg-type]
@@ -273,26 +246,24 @@ class LoaderSource:
             pin_memory=self.device.type == "cuda",
             timeout=self.timeout if self.workers else 0,
             generator=torch.Generator().manual_seed(0),
+            # this process holds threads and a device, which a fork would not survive
+            multiprocessing_context="spawn" if self.workers else None,
         )
         return iter(loader)
 
     def batch(self, step: int, micro: int, generator: torch.Generator) -> dict[str, Any]:
         """The next batch of this process."""
-        for _ in range(2):
-            if self._batches is None:
-                self._batches = self._start()
-            found = next(self._batches, None)
-            if found is not None:
-                self.consumed += 1
-                moved = {
-                    name: value.to(self.device, non_blocking=True)
-                    if isinstance(value, Tensor)
-                    else value
-                    for name, value in found.items()
-                }
-                return moved if self.finish is None else self.finish(moved)
-            self.epoch, self.consumed, self._batches = self.epoch + 1, 0, None
-        raise ValueError("the sampler gave no batch in a whole epoch")
+        if self._batches is None:
+            self._batches = self._start()
+        found = next(self._batches)
+        self.consumed += 1
+        if self.consumed == len(self.sampler):
+            self.epoch, self.consumed = self.epoch + 1, 0
+        moved = {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in found.items()
+        }
+        return moved if self.finish is None else self.finish(moved)
 
     def state_dict(self) -> dict[str, Any]:
         """Position by batches that training has used, not by those that workers have read."""

@@ -1,5 +1,6 @@
 """Put together what a task's configuration names: reader, cache, text, source of batches."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from stvision.datasets.batching import BucketBatchSampler
+from stvision.datasets.records import ClipError, Record
 from stvision.train.cache import cached_frames, cached_latents, cached_text, main_process_first
 from stvision.train.data import (
     DataConfig,
-    EpochSampler,
     LoaderSource,
     ResidentSource,
     TextTable,
@@ -23,6 +25,8 @@ from stvision.train.data import (
 from stvision.train.encoders import TextConfig, TextEncoder, encode_frames, load_vae
 from stvision.train.loop import LoopConfig, Source
 from stvision.train.store import Store
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,21 +75,21 @@ class _StoredItems(Dataset):
 class _ReadItems(Dataset):
     """Clips decoded anew each time; a broken one is replaced by the next one that can be read."""
 
-    def __init__(self, reader: Any, frames: int) -> None:
-        self.reader, self.frames = reader, frames
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         index, seed = place
         for offset in range(100):
             try:
-                record = self.reader[(index + offset) % len(self.reader)]
-            except (ValueError, OSError, RuntimeError):
+                record = self.reader[(index + offset) % len(self.reader), seed]
+            except (ClipError, OSError) as error:
+                logger.warning("another clip takes the place of one that cannot be read: %s", error)
                 continue
-            if record is None or len(record.frames) != self.frames:
+            if not isinstance(record, Record):
                 continue
-            captions = [c for c in record.meta.get("captions") or [record.text] if c.strip()]
-            if captions:
-                return {"frames": record.frames, "caption": captions[seed % len(captions)]}
+            captions = record.meta.get("captions") or [record.text]
+            return {"frames": record.frames, "caption": captions[seed % len(captions)]}
         raise ValueError(f"100 clips in a row from {index} on could not be read")
 
 
@@ -151,7 +155,7 @@ def prepare(
     else:
         source = LoaderSource(
             _StoredItems(store, table, extra),
-            EpochSampler(len(store), loop.batch_size, **shared),
+            _sampler(len(store), loop, accelerator, seed),
             default_collate,
             seed=seed,
             device=device,
@@ -160,6 +164,19 @@ def prepare(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the encoders are gone
     return Prepared(source, held, store.entries, names)
+
+
+def _sampler(
+    count: int, loop: LoopConfig, accelerator: Accelerator, seed: int
+) -> BucketBatchSampler:
+    # readers and caches give every clip one shape, so there is one bucket
+    return BucketBatchSampler(
+        [()] * count,
+        loop.batch_size,
+        seed=seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
 
 
 def label_tensor(entries: Sequence[dict[str, Any]], labels: Sequence[str], key: str) -> Tensor:
@@ -216,8 +233,8 @@ def _uncached(
 
     reader = open_reader(data, data.split)
     source = LoaderSource(
-        _ReadItems(reader, data.num_frames),
-        EpochSampler(len(reader), loop.batch_size, **shared),
+        _ReadItems(reader),
+        _sampler(len(reader), loop, accelerator, shared["seed"]),
         default_collate,
         seed=shared["seed"],
         device=device,
@@ -227,7 +244,7 @@ def _uncached(
     held_reader = open_reader(data, data.validation_split)
     count = min(data.validation_clips, len(held_reader))
     places = torch.linspace(0, len(held_reader) - 1, count).round().long().tolist()
-    items = default_collate([_ReadItems(held_reader, data.num_frames)[p, 0] for p in places])
+    items = default_collate([_ReadItems(held_reader)[p, 0] for p in places])
     captions = list(items["caption"])
     batch = finish({**items, "frames": items["frames"].to(device)})
     states = batch.pop("text", None)

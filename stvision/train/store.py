@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,57 +75,6 @@ class Store:
         number, row = self._place[index]
         with safe_open(self._shards[number], framework="pt") as file:
             return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
-
-
-@dataclass(frozen=True)
-class PackedRecord:
-    """A clip of :class:`PackedClips`; see the readers of ``stvision.datasets``."""
-
-    frames: Tensor
-    times: Tensor
-    text: str
-    key: str
-    meta: dict[str, Any]
-
-
-class PackedClips:
-    """Decoded frames that lie in ``root/<split>`` as one store, read as a data set.
-
-    Args:
-        root: folder of the splits.
-        split: name of one.
-        num_frames: frames of a record, spread evenly over those stored, first and last included.
-        size: (height, width) in pixels; must be that of the stored frames.
-
-    Raises:
-        FileNotFoundError: no such split.
-        ValueError: other sizes, or fewer frames than asked for.
-    """
-
-    def __init__(self, root: str, *, split: str, num_frames: int, size: tuple[int, int]) -> None:
-        self.store = Store(Path(root) / split)
-        self.frames = self.store.load()["frames"]
-        stored = tuple(self.frames.shape[1:4])
-        if stored[1:] != tuple(size) or stored[0] < num_frames:
-            raise ValueError(
-                f"{root} holds clips of {stored[0]} frames of {stored[1]} x {stored[2]} pixels; "
-                f"{num_frames} frames of {size[0]} x {size[1]} cannot be taken from them"
-            )
-        self.indices = torch.linspace(0, stored[0] - 1, num_frames).round().long()
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def __getitem__(self, index: int) -> PackedRecord:
-        entry = self.store.entries[index]
-        meta = {**entry["meta"], "captions": entry["captions"]}
-        times = self.indices.double() / float(meta.get("fps", 8.0))
-        frames = self.frames[index][self.indices]
-        return PackedRecord(frames, times, entry["captions"][0], entry["key"], meta)
-
-    def fingerprint(self) -> str:
-        """Hash of the stored clips' origin."""
-        return digest([self.store.spec, len(self), self.indices.tolist()])
 
 
 def build(folder: Path, count: int, make: Maker, spec: dict[str, Any], title: str) -> Store:

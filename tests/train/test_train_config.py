@@ -6,7 +6,14 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from stvision.config import CONFIGS, dump_config, find_config, from_mapping, load_config, parse_config
+from stvision.config import (
+    CONFIGS,
+    dump_config,
+    find_config,
+    from_mapping,
+    load_config,
+    parse_config,
+)
 from stvision.train import TASKS
 
 #: configuration -> (task, class)

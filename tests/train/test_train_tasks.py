@@ -1,19 +1,23 @@
 """Every task on a data set of a few tiny clips, through its command-line entry."""
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from stvision.cli.main import main as cli
+from stvision.datasets.packed import pack
+from stvision.datasets.records import ClipDataset, Record
 from stvision.models.fstext import FSTextDecomposer
 from stvision.models.seer import SeerUNetModel
 from stvision.train import action, image, seer, vae
-from stvision.train.store import build
 
 UNET = {
     "sample_size": 4,
@@ -28,26 +32,51 @@ UNET = {
 LOOP = {"max_steps": 6, "batch_size": 2, "log_every": 1, "save_every": 3, "warmup_steps": 1}
 
 
+class Squares(ClipDataset):
+    """A square that moves right or down, 10 clips to train on and 4 to validate with."""
+
+    def __init__(self) -> None:
+        super().__init__("squares", [], num_frames=4, size=16)
+
+    def __len__(self) -> int:
+        return 14
+
+    def fingerprint(self) -> str:
+        return "squares"
+
+    def iter_items(self, workers: int = 0, *, indices: Any, timeout: float = 0) -> Iterator[Any]:
+        for index in indices:
+            frames = torch.full((4, 16, 16, 3), 40, dtype=torch.uint8)
+            for time in range(4):
+                row, column = (2, 2 + 3 * time) if index % 2 else (2 + 3 * time, 2)
+                frames[time, row : row + 4, column : column + 4] = 60 + 20 * (index % 7)
+            side = "right" if index % 2 else "down"
+            captions = [f"move {side}", f"push it {side}"]
+            split = "train" if index < 10 else "validation"
+            meta = {"task": side, "split": split, "captions": captions}
+            yield Record(frames, torch.arange(4.0).double(), captions[0], f"clip{index}", meta)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Packed clips of two classes (a square goes right, or down), and a trained VAE."""
     root = tmp_path_factory.mktemp("world")
 
-    def make(indices: Any) -> Any:
-        frames = torch.full((len(indices), 4, 16, 16, 3), 40, dtype=torch.uint8)
-        entries = []
-        for place, index in enumerate(indices):
-            for time in range(4):
-                row, column = (2, 2 + 3 * time) if index % 2 else (2 + 3 * time, 2)
-                frames[place, time, row : row + 4, column : column + 4] = 60 + 20 * (index % 7)
-            side = "right" if index % 2 else "down"
-            captions = [f"move {side}", f"push it {side}"]
-            entries.append({"key": f"clip{index}", "captions": captions, "meta": {"task": side}})
-        return {"frames": frames}, entries
-
-    for split, count in (("train", 10), ("val", 4)):
-        build(root / "data" / split, count, make, {"split": split}, split)
-    assert vae.main([*words(root, "vae", cache="frames"), "--block-out-channels", "8", "8", "8", "--norm-num-groups", "4"]) == 0
+    assert pack(Squares(), root / "data", progress=False).kept == 14
+    assert (
+        vae.main(
+            [
+                *words(root, "vae", cache="frames"),
+                "--block-out-channels",
+                "8",
+                "8",
+                "8",
+                "--norm-num-groups",
+                "4",
+            ]
+        )
+        == 0
+    )
     return root
 
 
@@ -106,9 +135,10 @@ def log(folder: Path) -> list[float]:
 
 def test_vae_stores_the_scaling_factor_of_its_latents(world: Path) -> None:
     model = AutoencoderKL.from_pretrained(world / "vae" / "model")
-    frames = torch.cat([load_file(f)["frames"] for f in (world / "data/val").glob("*.safetensors")])
+    frames = torch.from_numpy(np.load(world / "data" / "frames.npy")[10:])
     flat = (frames.flatten(0, 1).float() / 127.5 - 1).permute(0, 3, 1, 2)
-    posterior = model.encode(flat).latent_dist
+    with torch.no_grad():
+        posterior = model.encode(flat).latent_dist
     deviation = float((posterior.mean + posterior.std * torch.randn_like(posterior.mean)).std())
     assert model.config.scaling_factor == pytest.approx(1 / deviation, rel=0.15)
     assert (world / "vae/validation/step_00000006/reconstruction.png").is_file()
@@ -159,8 +189,6 @@ def test_loader_gives_another_order_of_the_same_and_resumes(world: Path, base: P
     newest = max((parts / "checkpoints").glob("step_*"))
     assert newest.name == "step_00000007"
     # back to the checkpoint of step 6, in the middle of the second epoch
-    import shutil
-
     shutil.rmtree(newest)
     (parts / "status.json").unlink()
     train_seer(world, "loader_parts", options, max_steps=7)
