@@ -2,8 +2,9 @@
 
     python benchmarks/video_io.py --json row.json
 
-Two jobs on one 720p H.264 file with a keyframe every 250 frames, opening included: 32 sorted random
-frames, and one pass over all frames as RGB arrays. Every measurement is a process of its own, which
+Three jobs on one 720p H.264 file with a keyframe every 250 frames, opening included: 32 sorted
+random frames ("random"); one pass over all frames in RGB batches of 32 frames, as models are fed
+("full"); the same pass one frame at a time ("single"). Every measurement is a process of its own, which
 first warms up on a small file. CPU seconds count all threads; they are the figure to compare, as wall
 time depends on what else runs. The table shows medians and the ratio to bare decord.
 """
@@ -29,7 +30,8 @@ import numpy as np
 
 READERS = ("decord", "stvision", "pyav", "torchcodec")
 GRAIN = 14  # levels; gives about 5 Mbit/s at 720p, as footage has
-JOBS = ("random", "full")
+JOBS = ("random", "full", "single")
+BATCH = 32  # frames a step of the full pass
 TARGETS = {("random", "cpu"): 1.05, ("full", "cpu"): 0.6, ("full", "peak"): 0.5}
 
 
@@ -65,35 +67,44 @@ def random_indices(length: int, count: int, seed: int = 1) -> list[int]:
     return sorted(int(i) for i in picks)
 
 
-def read_stvision(path: str, indices: list[int] | None) -> int:
+def read_stvision(path: str, indices: list[int] | None, batch: int) -> int:
     from stvision.io import open_video
 
     with open_video(path) as reader:
         if indices is not None:
-            return int(reader.get(indices).frames[-1, 0, 0, 0]) * 0 + len(indices)
-        return sum(len(clip) for clip in reader.iter_clips(8))
+            return len(reader.get(indices))
+        return sum(len(clip) for clip in reader.iter_clips(batch))
 
 
-def read_decord(path: str, indices: list[int] | None) -> int:
+def read_decord(path: str, indices: list[int] | None, batch: int) -> int:
     import decord
 
     reader = decord.VideoReader(path)
     if indices is not None:
         return len(reader.get_batch(indices).asnumpy())
-    return sum(reader[i].asnumpy().ndim // 3 for i in range(len(reader)))
+    if batch == 1:
+        return sum(len(reader[i].asnumpy()[None]) for i in range(len(reader)))
+    parts = (range(i, min(i + batch, len(reader))) for i in range(0, len(reader), batch))
+    return sum(len(reader.get_batch(part).asnumpy()) for part in parts)
 
 
-def read_pyav(path: str, indices: list[int] | None) -> int:
+def read_pyav(path: str, indices: list[int] | None, batch: int) -> int:
     """As one writes it by hand: seek to each wanted second and decode up to it."""
     import av
 
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
+        frames: list[np.ndarray] = []
         if indices is None:
-            return sum(f.to_ndarray(format="rgb24").ndim // 3 for f in container.decode(stream))
+            count = 0
+            for frame in container.decode(stream):
+                frames.append(frame.to_ndarray(format="rgb24"))
+                if len(frames) == batch:
+                    count += len(np.stack(frames))
+                    frames = []
+            return count + len(frames)
         ticks = 1 / (stream.average_rate * stream.time_base)
-        frames = []
         for index in indices:
             container.seek(int(index * ticks), stream=stream)
             for frame in container.decode(stream):
@@ -103,24 +114,32 @@ def read_pyav(path: str, indices: list[int] | None) -> int:
         return len(np.stack(frames))
 
 
-def read_torchcodec(path: str, indices: list[int] | None) -> int:
+def read_torchcodec(path: str, indices: list[int] | None, batch: int) -> int:
     from torchcodec.decoders import VideoDecoder
 
     decoder = VideoDecoder(path, dimension_order="NHWC", seek_mode="exact")
     if indices is not None:
         return len(decoder.get_frames_at(indices).data)
-    return sum(frame.ndim // 3 for frame in decoder)
+    if batch == 1:
+        return sum(len(frame[None]) for frame in decoder)
+    starts = range(0, len(decoder), batch)
+    ends = (min(start + batch, len(decoder)) for start in starts)
+    return sum(
+        len(decoder.get_frames_in_range(start, end).data)
+        for start, end in zip(starts, ends, strict=True)
+    )
 
 
 def worker(name: str, job: str, path: str, warm: str, count: int) -> dict[str, float]:
     """One measurement: CPU and wall seconds of the job, peak resident MiB of the process."""
-    read: Callable[[str, list[int] | None], int] = globals()[f"read_{name}"]
-    read(warm, [0, 1])
-    read(warm, None)
+    read: Callable[[str, list[int] | None, int], int] = globals()[f"read_{name}"]
+    batch = 1 if job == "single" else BATCH
+    read(warm, [0, 1], batch)
+    read(warm, None, batch)
     length = int(os.environ["STVISION_BENCH_LENGTH"])
     indices = random_indices(length, count) if job == "random" else None
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    got = read(path, indices)
+    got = read(path, indices, batch)
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert got == (len(indices) if indices is not None else length), (name, job, got)

@@ -68,6 +68,7 @@ class ImageReader(VideoReader):
 
         self.name = describe(source) if not isinstance(source, list) else "<image files>"
         self._opened: Any = None
+        self._owned = not is_file_object(source)  # a caller's file stays open
         self._files: list[Any] | None = None
         if isinstance(source, list):
             self._files = source
@@ -105,7 +106,10 @@ class ImageReader(VideoReader):
             try:
                 if self._files is None:
                     self._opened.seek(index)
-                    image = flatten(self._opened)
+                    still = not self.carries_times
+                    image = flatten(
+                        ImageOps.exif_transpose(self._opened) if still else self._opened
+                    )
                 else:
                     with _open_image(self._files[index], self.name) as opened:
                         image = flatten(ImageOps.exif_transpose(opened))
@@ -121,7 +125,7 @@ class ImageReader(VideoReader):
             yield index, np.asarray(image)
 
     def close(self) -> None:
-        if self._opened is not None:
+        if self._opened is not None and self._owned:
             self._opened.close()
         self._opened = self._files = None
 
@@ -208,7 +212,9 @@ def _open_image(file: Any, name: str) -> Any:
 
     try:
         return Image.open(file)
-    except (UnidentifiedImageError, SyntaxError) as error:
+    except (UnidentifiedImageError, SyntaxError, OSError) as error:
+        if isinstance(error, PermissionError):
+            raise
         which = name if isinstance(file, io.IOBase) else describe(file)
         raise ValueError(f"{which}: not an image, or one cut off at its head") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -135,21 +136,23 @@ class VideoReader(ABC):
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; it must be at least 1 frame")
         span = self._span(start, end)
-        frames: Tensor | None = None
+        pool: list[np.ndarray] = []
+        into: np.ndarray | None = None
         held: list[int] = []
         read = 0
         for index, frame in self._decode(span):
-            if frames is None:
-                frames = torch.empty((chunk, *frame.shape), dtype=torch.uint8)
-            frames[len(held)].numpy()[:] = frame
+            if into is None:
+                into = _free_buffer(pool, (chunk, *frame.shape))
+            into[len(held)] = frame
             held.append(index)
             if len(held) == chunk:
                 read += chunk
-                yield self._clip(frames, held)
-                frames, held = None, []
-        if frames is not None and held:
+                clip = [self._clip(torch.from_numpy(into), held)]
+                into, held = None, []
+                yield clip.pop()  # no reference stays here, so the buffer can return
+        if into is not None and held:
             read += len(held)
-            yield self._clip(frames[: len(held)], held)
+            yield self._clip(torch.from_numpy(into)[: len(held)], held)
         self._warn_missing(read, len(span))
 
     def __iter__(self) -> Iterator[Clip]:
@@ -352,6 +355,22 @@ def read_clip(
         if indices is not None:
             return reader.get(indices)
         return reader.read(num_frames=num_frames, fps=fps, start=start, end=end)
+
+
+def _free_buffer(pool: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """A buffer of the pool that no tensor uses any more, or a new one.
+
+    Fresh memory of this size comes page by page from the system, which costs as much as
+    converting the frames. A tensor made of an array keeps a reference to it, and so do all its
+    views, so the count tells whether anyone still looks.
+    """
+    for position in range(len(pool)):
+        if sys.getrefcount(pool[position]) == 2:  # the pool's and the call's own
+            return pool[position]
+    buffer = np.empty(shape, dtype=np.uint8)
+    pool.append(buffer)
+    del pool[:-2]  # the consumer's current clip and the next one
+    return buffer
 
 
 def default_threads() -> int:
