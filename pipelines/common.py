@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from diffusers.pipelines import pipeline_utils
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
@@ -289,7 +290,7 @@ class VideoPipeline(DiffusionPipeline):
         Args:
             name: ``"default"`` for the weights that ship with the project, a local folder, or a
                 hub repository ``"owner/name"``.
-            kwargs: as for diffusers' ``DiffusionPipeline.from_pretrained``: ``torch_dtype``,
+            kwargs: as for diffusers' ``DiffusionPipeline.from_pretrained``: ``dtype``,
                 ``variant``, ``local_files_only``, components that replace those of the folder, ...
 
         Raises:
@@ -300,6 +301,11 @@ class VideoPipeline(DiffusionPipeline):
         folder = resolve_folder(name, **hub)
         if not (folder / cls.config_name).is_file():
             raise FileNotFoundError(f"{folder} is no pipeline folder: it has no {cls.config_name}")
+        # diffusers renamed the argument; either name works here, with any version.
+        spelled = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
+        for name_of_dtype in ("dtype", "torch_dtype"):
+            if name_of_dtype in kwargs:
+                kwargs[spelled] = kwargs.pop(name_of_dtype)
         pipeline = super().from_pretrained(str(folder), local_files_only=True, **kwargs)
         pipeline.register_to_config(_name_or_path=os.fspath(name))
         return pipeline

@@ -9,24 +9,32 @@ import torch
 from torch import Tensor
 
 from stvision.io import Clip, as_clip, open_video
+from stvision.io.images import is_image_source
 
-#: Files that are read as a whole; anything else is a video, of which only the needed frames are.
-_PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
+#: Files that hold one picture: a list of them is one clip, a list of others one clip each.
+STILLS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
 
 def as_reference_clips(
-    frames: Any, image: Any, count: int | None, usual: int, fps: float | None
+    frames: Any,
+    image: Any,
+    count: int | None,
+    usual: int,
+    fps: float | None,
+    untimed_fps: float,
 ) -> list[Clip]:
-    """The first frames of every source, as clips of equal length.
+    """The first frames of every source, as clips of equal length that keep their source's rate.
 
     Args:
-        frames: what ``stvision.io.as_clip`` takes; a list of clips, paths or arrays of frames, or
-            a five-dimensional array, holds one source a video.
+        frames: what ``stvision.io.as_clip`` takes; a list of clips, videos or arrays of frames,
+            or a five-dimensional array, holds one source a video. A list of image files is one
+            clip.
         image: one image (path, PIL, array) or a list with one a video; used when ``frames`` is
             None.
         count: frames wanted of each source; ``usual``, or as many as there are, when None.
         usual: frames that the model was trained with.
         fps: rate at which frames of a source of known rate are taken; every frame when None.
+        untimed_fps: rate of sources that carry no times, such as arrays and images.
 
     Raises:
         ValueError: a source has fewer frames than ``count``, or there is no source.
@@ -35,11 +43,11 @@ def as_reference_clips(
         raise ValueError(f"num_reference_frames must be at least 1, got {count}")
     wanted = usual if count is None else count
     if frames is None:
-        images = list(image) if isinstance(image, list | tuple) else [image]
-        clips = [as_clip(item)[:1] for item in images]
+        sources = list(image) if isinstance(image, list | tuple) else [image]
         wanted = 1 if count is None else count
     else:
-        clips = [source_clip(source, wanted, fps=fps) for source in _sources(frames)]
+        sources = _sources(frames)
+    clips = [source_clip(item, wanted, fps=fps, untimed_fps=untimed_fps) for item in sources]
     if not clips:
         raise ValueError("frames and image must hold at least one picture, got an empty list")
     shortest = min(len(clip) for clip in clips)
@@ -47,7 +55,7 @@ def as_reference_clips(
         raise ValueError(
             f"num_reference_frames is {wanted}, but a reference clip has only {shortest} frames"
         )
-    return [clip[: min(wanted, shortest)] for clip in clips]
+    return [replace(clip[: min(wanted, shortest)], fps=clip.fps) for clip in clips]
 
 
 def _sources(frames: Any) -> list[Any]:
@@ -63,32 +71,53 @@ def _is_clip_like(item: Any) -> bool:
     """Whether one entry of a list is a clip by itself rather than a frame of one."""
     if isinstance(item, np.ndarray | Tensor):
         return item.ndim == 4
-    if isinstance(item, list | tuple):
-        return True
-    return isinstance(item, Clip | str | Path)
+    if isinstance(item, str | Path):
+        return Path(item).suffix.lower() not in STILLS
+    return isinstance(item, list | tuple | Clip)
 
 
-def source_clip(source: Any, count: int, *, fps: float | None = None, start: float = 0.0) -> Clip:
-    """The first ``count`` frames of a source, fewer when it ends; of a video no others are decoded.
+def source_clip(
+    source: Any,
+    count: int,
+    *,
+    fps: float | None = None,
+    start: float = 0.0,
+    untimed_fps: float = 8.0,
+) -> Clip:
+    """The first ``count`` frames of a source, fewer when it ends; no others of a video are decoded.
 
     Args:
         source: what ``stvision.io.as_clip`` takes.
         count: frames wanted.
-        fps: rate at which they are taken when the source's own is known; every frame when None.
+        fps: rate at which they are taken when the source has times; every frame when None.
         start: seconds after the source's beginning.
+        untimed_fps: rate of sources that carry no times, used when ``fps`` is None.
+
+    Returns:
+        A clip whose ``fps`` is that at which its frames were taken.
 
     Raises:
-        ValueError: ``start`` is past the end.
+        ValueError: ``start`` is past the end, or ``fps`` is so high that frames would repeat.
     """
-    path = Path(source) if isinstance(source, str | Path) else None
-    if path is not None and path.is_file() and path.suffix.lower() not in _PICTURES:
-        with open_video(path) as reader:
-            chosen = _frame_numbers(reader.times, reader.fps, count, fps, start)
-            clip = reader.get(chosen)
+    if _is_video(source):
+        with open_video(source) as reader:
+            rate = reader.fps
+            clip = reader.get(_frame_numbers(reader.times, rate, count, fps, start))
     else:
-        clip = as_clip(source)
-        clip = clip[_frame_numbers(clip.times, clip.fps, count, fps, start)]
-    return clip if fps is None else replace(clip, fps=fps)
+        timed = isinstance(source, Clip) or Path(str(source)).suffix.lower() == ".gif"
+        clip = as_clip(source) if timed else as_clip(source, fps=fps or untimed_fps)
+        rate = clip.fps if timed else fps or untimed_fps
+        clip = clip[_frame_numbers(clip.times, rate, count, fps, start)]
+    return replace(clip, fps=rate if fps is None else fps)
+
+
+def _is_video(source: Any) -> bool:
+    """Whether ``source`` is an existing video file, rather than pictures or frames in memory."""
+    if isinstance(source, bytes) or hasattr(source, "read"):
+        return not is_image_source(source)
+    if not isinstance(source, str | Path) or not Path(source).is_file():
+        return False
+    return Path(source).suffix.lower() not in {*STILLS, ".gif"}
 
 
 def _frame_numbers(
@@ -96,6 +125,7 @@ def _frame_numbers(
 ) -> list[int]:
     """Numbers of the frames shown at ``start``, ``start + 1 / fps`` ..., counted from the first."""
     moments = np.asarray(times, dtype=np.float64)
+    count = min(count, len(moments))
     moments = moments - moments[0]
     last = moments[-1] + (1 / rate if rate else 0.0)
     if start > 0 and start >= last:

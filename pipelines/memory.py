@@ -72,6 +72,8 @@ class _LiveBytes(TorchDispatchMode):
             if isinstance(item, Tensor)
         }
         result = func(*args, **(kwargs or {}))
+        if getattr(func, "is_view", False):
+            return result  # a real weight's view is fake, yet nothing new
         for item in tree_iter(result):
             if not isinstance(item, Tensor):
                 continue

@@ -341,7 +341,7 @@ class SeerPipeline(VideoPipeline):
             overlap: frames of a window that are the references of the next; as many as there
                 are references by default.
             fps: frames per second of the result; references of known rate are sampled to it. By
-                default the rate of the reference clip, else that of the model.
+                default the rate of the reference clip, else (arrays, images) that of the model.
             output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``; see ``VideoOutput``.
             return_dict: False for a tuple with the frames only.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, tensors)`` after
@@ -481,7 +481,7 @@ class SeerPipeline(VideoPipeline):
 
         # 2. Read the reference frames; one clip a video.
         clips = as_reference_clips(
-            frames, image, num_reference_frames, config.num_reference_frames, fps
+            frames, image, num_reference_frames, config.num_reference_frames, fps, config.fps
         )
         count = len(prompts) if prompts is not None else len(_embeds(prompt_embeds))
         batch = max(count, len(clips))
@@ -605,6 +605,7 @@ class SeerPipeline(VideoPipeline):
         names["negative_prompt_embeds"] = "negative_text"
 
         def after_step(index: int, timestep: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+            self._num_timesteps = index + 1
             if request.callback is None:
                 return {}
             given = {
@@ -617,6 +618,7 @@ class SeerPipeline(VideoPipeline):
             _backend(request.attention_backend, self.unet, self.fstext),
             self.progress_bar(total=request.steps) as bar,
         ):
+            self._num_timesteps = 0
             text, negative_text = self._text_of_window(request, first, last)
             latents = denoise(
                 self.unet,
@@ -635,7 +637,6 @@ class SeerPipeline(VideoPipeline):
                 interrupted=lambda: self._interrupt,
                 progress=bar.update,
             )
-            self._num_timesteps = bar.n
         self._release(self.unet)
         return latents
 

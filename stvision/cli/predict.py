@@ -102,7 +102,7 @@ def run(command: Command) -> int:
 
     began = time.perf_counter()
     pipeline = SeerPipeline.from_pretrained(
-        command.model, torch_dtype=getattr(torch, command.dtype), **hub
+        command.model, dtype=getattr(torch, command.dtype), **hub
     )
     pipeline.set_progress_bar_config(disable=command.quiet or command.json)
     device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
