@@ -15,9 +15,9 @@ from stvision.train.state import derive_seed
 #: kind of data set -> "module:class" of its reader
 READERS: dict[str, str] = {
     "clips": "stvision.datasets.clips:ClipFolder",
-    "something": "stvision.datasets.something:SomethingSomething",
+    "something": "stvision.datasets.something_something:SomethingSomething",
     "bridge": "stvision.datasets.bridge:BridgeData",
-    "epic": "stvision.datasets.epic:EpicKitchens",
+    "epic": "stvision.datasets.epic_kitchens:EpicKitchens",
     "packed": "stvision.datasets.packed:PackedFolder",
 }
 

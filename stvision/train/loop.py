@@ -471,7 +471,9 @@ class _Run:
         metrics: dict[str, float] = {}
         if self.accelerator.is_main_process:
             folder = self.output_dir / "validation" / f"step_{state.step:08d}"
-            with self._averaged(), torch.no_grad():
+            # other shapes than in training: compiling for them would take longer than they do
+            eager = torch.compiler.set_stance("force_eager")
+            with eager, self._averaged(), torch.no_grad():
                 metrics = self.task.validate(state.step, folder)
             _cut_after(self.output_dir / "validation.jsonl", state.step - 1)
             _append(self.output_dir / "validation.jsonl", {"step": state.step, **metrics})

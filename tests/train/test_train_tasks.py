@@ -1,5 +1,7 @@
 """Every task on a data set of a few tiny clips, through its command-line entry."""
 
+import importlib
+import inspect
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from stvision.datasets.records import ClipDataset, Record
 from stvision.models.fstext import FSTextDecomposer
 from stvision.models.seer import SeerUNetModel
 from stvision.train import action, image, seer, vae
+from stvision.train.data import READERS
 
 UNET = {
     "sample_size": 4,
@@ -239,6 +242,13 @@ def test_uncached_training_encodes_on_the_way(world: Path, base: Path) -> None:
     flags = words(world, "uncached", cache="off", max_steps=2)
     assert seer.main([*config, *flags]) == 0
     assert len(log(world / "uncached")) == 2
+
+
+@pytest.mark.parametrize("kind", sorted(READERS))
+def test_readers_named_in_configurations_exist(kind: str) -> None:
+    module, name = READERS[kind].split(":")
+    reader = getattr(importlib.import_module(module), name)
+    assert {"split"} <= set(inspect.signature(reader).parameters)
 
 
 def test_action_classifier_learns_its_classes(world: Path) -> None:
