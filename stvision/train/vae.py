@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -180,7 +181,14 @@ def load_perceptual(name: str | None, device: torch.device) -> Any:
         made = getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError) as error:
         raise ValueError(f"perceptual={name!r} cannot be made: {error}") from error
-    return made.to(device).eval().requires_grad_(False)
+    made = made.to(device).eval().requires_grad_(False)
+    # a metric may switch gradients off around its computation; as a loss it needs them
+    plain = getattr(type(made).forward, "__wrapped__", None)
+    distance = made if plain is None else MethodType(plain, made)
+    probe = torch.rand(1, 3, 32, 32, device=device, requires_grad=True)
+    if not distance(probe, torch.zeros_like(probe)).requires_grad:
+        raise ValueError(f"perceptual={name!r} passes no gradient, so it cannot be a loss")
+    return distance
 
 
 def run(config: VAEConfig) -> Outcome:

@@ -1,6 +1,7 @@
 """Every task on a data set of a few tiny clips, through its command-line entry."""
 
 import importlib
+import importlib.metadata
 import inspect
 import json
 import shutil
@@ -81,6 +82,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         == 0
     )
     return root
+
+
+def distribution_installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def words(root: Path, name: str, cache: str = "latents", **loop: Any) -> list[str]:
@@ -277,6 +285,23 @@ def test_command_lists_tasks_and_refuses_others(capsys: pytest.CaptureFixture[st
     assert "did you mean 'seer'" in capsys.readouterr().err
     assert cli(["train", "vae", "--config", "nowhere.yaml"]) == 2
     assert "no configuration file 'nowhere.yaml'" in capsys.readouterr().err
+
+
+def test_perceptual_loss_has_the_gradient_of_the_metric() -> None:
+    if not distribution_installed("stlpips-pytorch"):
+        pytest.skip("the distribution stlpips-pytorch, which carries the weights, is absent")
+    device = torch.device("cpu")
+    loss = vae.load_perceptual("stvision.eval.metrics:ShiftTolerantLPIPS", device)
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 1, 3, 32, 32)
+    x.requires_grad_(True)
+    value = loss(x, y).sum()
+    (gradient,) = torch.autograd.grad(value, x)
+    step = 0.05 / gradient.norm()
+    moved = loss((x - step * gradient).detach(), y).sum()
+    assert moved.item() < value.item()
+    with pytest.raises(ValueError, match="cannot be made"):
+        vae.load_perceptual("stvision.eval.metrics:Nothing", device)
 
 
 def test_shift_moves_whole_pixels_and_repeats_the_border() -> None:
