@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+from stvision.kernels.neighborhood import dense
 from stvision.kernels.neighborhood.choice import Choice, Request, choose
 from stvision.kernels.neighborhood.ops import neighborhood_attention
 from stvision.kernels.neighborhood.problem import (
@@ -62,6 +63,7 @@ class _Call(NamedTuple):
     additional_keys: torch.Tensor | None
     additional_values: torch.Tensor | None
     axes: tuple[Axis, ...]
+    deterministic: bool
     choice: Choice
 
 
@@ -83,6 +85,7 @@ def _prepare(
     border: PerAxisStr,
     pad: bool,
     query_map: str | PerAxisInt | None,
+    deterministic: bool | None,
 ) -> _Call:
     device = query.device.type
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
@@ -91,6 +94,8 @@ def _prepare(
         if additional_keys is not None and additional_values is not None:
             additional_keys = additional_keys.to(dtype)
             additional_values = additional_values.to(dtype)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
     check_tensors(
         rank,
         query,
@@ -127,10 +132,12 @@ def _prepare(
         has_key_mask=key_mask is not None,
         needs_grad=torch.is_grad_enabled()
         and any(x is not None and x.requires_grad for x in inputs),
-        return_lse=return_lse,
+        needs_lse=return_lse or bool(additional_keys is not None and additional_keys.shape[1]),
+        batch=query.shape[0],
+        deterministic=deterministic,
     )
     choice = choose(request, backend)
-    return _Call(query, key, value, additional_keys, additional_values, axes, choice)
+    return _Call(query, key, value, additional_keys, additional_values, axes, deterministic, choice)
 
 
 def _attend(
@@ -205,7 +212,7 @@ def neighborhood_attention_generic(
         additional_keys: (B, M, Hk, d) tokens that every query sees, such as text.
         additional_values: (B, M, Hk, dv) their values.
         attention_kwargs: ``{"backend": name}`` for the additional tokens.
-        backend: ``"triton"``, ``"flex"``, ``"blocked"``, ``"reference"``, or ``None`` to choose
+        backend: ``"sdpa"``, ``"triton"``, ``"flex"``, ``"blocked"``, ``"reference"``, or ``None`` to choose
             (:func:`explain` says what and why).
         q_tile_shape: per axis, queries of one tile, where the backend has tiles.
         kv_tile_shape: accepted so that calls written for NATTEN run; without effect, like
@@ -264,6 +271,7 @@ def neighborhood_attention_generic(
         border,
         pad,
         query_map,
+        deterministic,
     )
     query, key, value = call.query, call.key, call.value
     more_keys, more_values = call.additional_keys, call.additional_values
@@ -275,8 +283,8 @@ def neighborhood_attention_generic(
         more_values = None if more_values is None else more_values.to(wide)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
+    if call.choice.backend == "sdpa":
+        return dense.attention(query, key, value, call.axes, float(scale))
     tile = () if q_tile_shape is None else per_axis("q_tile_shape", tuple(q_tile_shape), rank)
     out, lse = _attend(
         call.choice.backend,
@@ -288,7 +296,7 @@ def neighborhood_attention_generic(
         call.axes,
         float(scale),
         tile,
-        deterministic,
+        call.deterministic,
     )
     if more_keys is not None and more_values is not None and more_keys.shape[1]:
         tokens, grid = more_keys.shape[1], query.shape[1:-2]
@@ -303,7 +311,7 @@ def neighborhood_attention_generic(
             (Axis(flat.shape[1], tokens, tokens, query_map="start"),),
             float(scale),
             (),
-            deterministic,
+            call.deterministic,
         )
         out, lse = merge(out, lse, extra_out.unflatten(1, grid), extra_lse.unflatten(1, grid))
     out = out.to(dtype)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from stvision.kernels.neighborhood import dense
 from stvision.kernels.neighborhood.triton_tiles import supports
 from stvision.kernels.neighborhood.windows import Axis
 
-BACKENDS = ("triton", "flex", "blocked", "reference")
+BACKENDS = ("sdpa", "triton", "flex", "blocked", "reference")
 #: order in which an automatic choice tries the backends; "triton" joins once its kernels have
 #: passed the tests marked ``gpu`` on a device
-AUTOMATIC = ("blocked", "reference")
+AUTOMATIC = ("sdpa", "blocked", "reference")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -35,7 +36,9 @@ class Request:
     has_rpb: bool
     has_key_mask: bool
     needs_grad: bool
-    return_lse: bool
+    needs_lse: bool
+    batch: int
+    deterministic: bool
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,18 @@ class Choice:
         lines = [f"{self.backend}: taken"]
         lines += [f"{name}: {self.reasons[name]}" for name in BACKENDS if name in self.reasons]
         return "\n".join(lines)
+
+
+def _why_not_sdpa(request: Request) -> str | None:
+    if request.has_rpb or request.has_key_mask:
+        return "rpb and key_mask are not supported"
+    if request.needs_lse:
+        return "the log-sum-exp, which return_lse and additional tokens need, is not available"
+    if request.head_dim != request.value_dim:
+        return f"head_dim {request.head_dim} and value head_dim {request.value_dim} must be equal"
+    if request.deterministic and request.needs_grad and request.device.type != "cpu":
+        return "a deterministic backward is not promised"
+    return dense.why_not(request.axes, request.batch)
 
 
 def _why_not_triton(request: Request) -> str | None:
@@ -87,6 +102,7 @@ def _why_not_always(request: Request) -> str | None:
 
 
 WHY_NOT: dict[str, Callable[[Request], str | None]] = {
+    "sdpa": _why_not_sdpa,
     "triton": _why_not_triton,
     "flex": _why_not_flex,
     "blocked": _why_not_always,

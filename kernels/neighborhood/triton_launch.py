@@ -4,11 +4,34 @@ import math
 from typing import Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from stvision.kernels.neighborhood import blocked, triton_kernels
 from stvision.kernels.neighborhood.choice import interpreted
 from stvision.kernels.neighborhood.triton_tiles import Tiles, choose_tiles, on_device, three_axes
 from stvision.kernels.neighborhood.windows import Axis
+
+#: pipeline depth that fits a device's shared memory, found at the first launch that did not
+_DEPTH: dict[tuple[Any, ...], int] = {}
+
+
+def _launch(
+    kernel: Any, programs: int, device: torch.device, arguments: tuple, constants: dict[str, Any]
+) -> None:
+    """Launch, with a shallower load pipeline where the device has too little shared memory."""
+    known = (kernel.__name__, device, *constants.values(), arguments[0].dtype)
+    depth = _DEPTH.get(known, constants["num_stages"])
+    while True:
+        try:
+            with torch.cuda.device_of(arguments[0]):
+                kernel[(programs,)](*arguments, **(constants | {"num_stages": depth}))
+        except OutOfResources:
+            if depth == 1:
+                raise
+            depth -= 1
+            _DEPTH[known] = depth
+        else:
+            return
 
 
 def _grid3(x: torch.Tensor) -> torch.Tensor:
@@ -130,7 +153,7 @@ def forward(
     heads = q.shape[-2]
     counts = [len(table) for table in tables]
     programs = math.prod(counts) * q.shape[0] * heads
-    triton_kernels.forward_kernel[(programs,)](
+    arguments = (
         q,
         *(descriptors or (k, v)),
         q if rpb is None else rpb.contiguous(),
@@ -144,8 +167,13 @@ def forward(
         heads // k.shape[-2],
         scale,
         *numbers,
-        **constants,
-        BOXES=descriptors is not None,
+    )
+    _launch(
+        triton_kernels.forward_kernel,
+        programs,
+        q.device,
+        arguments,
+        constants | {"BOXES": descriptors is not None},
     )
     return out, lse
 
@@ -193,7 +221,7 @@ def backward(
     batch, heads, kv_heads = q.shape[0], q.shape[-2], k.shape[-2]
     tables = on_device(filled, tiles.query, "query", str(q.device))
     counts = [len(table) for table in tables]
-    triton_kernels.query_gradient_kernel[(math.prod(counts) * batch * heads,)](
+    arguments = (
         q,
         k,
         v,
@@ -210,11 +238,17 @@ def backward(
         heads // kv_heads,
         scale,
         *numbers,
-        **constants,
+    )
+    _launch(
+        triton_kernels.query_gradient_kernel,
+        math.prod(counts) * batch * heads,
+        q.device,
+        arguments,
+        constants,
     )
     tables = on_device(filled, tiles.key, "key", str(q.device))
     counts = [len(table) for table in tables]
-    triton_kernels.key_gradient_kernel[(math.prod(counts) * batch * kv_heads,)](
+    arguments = (
         q,
         k,
         v,
@@ -232,6 +266,12 @@ def backward(
         heads // kv_heads,
         scale,
         *numbers,
-        **constants,
+    )
+    _launch(
+        triton_kernels.key_gradient_kernel,
+        math.prod(counts) * batch * kv_heads,
+        q.device,
+        arguments,
+        constants,
     )
     return grad_q, grad_k, grad_v, None

@@ -41,7 +41,8 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None) -> torch
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(problems())
 def test_blocked_in_float64(problem: Problem) -> None:
-    check(problem.build(torch.float64), neighborhood_attention_generic, torch.float64)
+    call = neighborhood_attention_generic
+    check(problem.build(torch.float64), call, torch.float64, backend="blocked")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,7 +64,7 @@ def test_reference_in_float64(problem: Problem) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(problems(largest=6))
 def test_flex_forward(problem: Problem) -> None:
     problem.bias = False
@@ -114,10 +115,13 @@ def test_small_chunks_change_nothing(backend: str, monkeypatch: pytest.MonkeyPat
     blocked_path.choose_tile.cache_clear()
 
 
-def test_window_of_the_whole_grid_is_full_attention() -> None:
+@pytest.mark.parametrize("backend", ["blocked", "reference", "sdpa"])
+def test_window_of_the_whole_grid_is_full_attention(backend: str) -> None:
     q, k, v = qkv(3, 4, 5)
-    assert relative_error(na3d(q, k, v, (3, 4, 5)), dense(q, k, v)) < 1e-12
-    assert relative_error(na3d(q, k, v, (3, 4, 5), stride=(3, 2, 1)), dense(q, k, v)) < 1e-12
+    found = na3d(q, k, v, (3, 4, 5), backend=backend)
+    assert relative_error(found, dense(q, k, v)) < 1e-12
+    found = na3d(q, k, v, (3, 4, 5), stride=(3, 2, 1), backend=backend)
+    assert relative_error(found, dense(q, k, v)) < 1e-12
 
 
 def test_window_of_one_is_the_value() -> None:
@@ -135,14 +139,34 @@ def test_causal_whole_window_is_a_product_of_triangles(stride) -> None:
     assert relative_error(found, dense(q, k, v, mask)) < 1e-12
 
 
-def test_stride_of_the_window_is_blocked_attention() -> None:
-    q, k, v = qkv(4, 6)
-    found = na2d(q, k, v, (2, 3), stride=(2, 3))
-    parts = [
-        x.unflatten(2, (2, 3)).unflatten(1, (2, 2)).transpose(2, 3).flatten(0, 2) for x in (q, k, v)
-    ]
-    blocks = dense(*parts).reshape(2, 2, 2, 2, 3, 2, 8).transpose(2, 3).reshape(q.shape)
-    assert relative_error(found, blocks) < 1e-12
+@pytest.mark.parametrize("backend", ["blocked", "reference", "sdpa"])
+def test_stride_of_the_window_is_blocked_attention(backend: str) -> None:
+    q, k, v = qkv(16, 24)
+    found = na2d(q, k, v, (8, 12), stride=(8, 12), backend=backend)
+    for y in (0, 8):
+        for x in (0, 12):
+            part = [t[:, y : y + 8, x : x + 12] for t in (q, k, v)]
+            assert relative_error(found[:, y : y + 8, x : x + 12], dense(*part)) < 1e-12
+
+
+def test_mask_free_windows_run_densely_with_the_same_gradients() -> None:
+    k, v = draw(2, 4, 8, 6, 2, 8, seed=1), draw(2, 4, 8, 6, 2, 8, seed=2)
+    for grid, options in (
+        ((4, 8, 6), {"kernel_size": (4, 4, 6), "stride": (1, 4, 6)}),
+        ((2, 8, 3), {"kernel_size": (4, 8, 6), "query_map": "center"}),
+    ):
+        q = draw(2, *grid, 4, 8)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        assert explain(*leaves, **options).backend == "sdpa"
+        up = draw(*q.shape, seed=7)
+        grads = torch.autograd.grad(na3d(*leaves, **options), leaves, up)
+        wanted = torch.autograd.grad(na3d(*leaves, **options, backend="blocked"), leaves, up)
+        for one, two in zip(grads, wanted, strict=True):
+            assert relative_error(one, two) < 1e-11
+    q, k, v = qkv(50)
+    assert explain(q, k, v, 50, is_causal=True).backend == "sdpa"
+    found = na1d(q, k, v, 50, is_causal=True)
+    assert relative_error(found, na1d(q, k, v, 50, is_causal=True, backend="blocked")) < 1e-12
 
 
 def test_dilation_is_the_problem_on_each_strided_slice() -> None:
@@ -336,7 +360,7 @@ def test_explain_names_every_backend() -> None:
     q, k, v = qkv(5, 6)
     choice = explain(q, k, v, 3)
     assert choice.backend == "blocked"
-    assert set(choice.reasons) == {"triton", "flex", "reference"}
+    assert set(choice.reasons) == {"sdpa", "triton", "flex", "reference"}
     assert str(choice).startswith("blocked: taken")
     assert explain(q, k, v, 3, backend="reference").backend == "reference"
 
@@ -357,7 +381,7 @@ def test_explain_names_every_backend() -> None:
         ({"kernel_size": 3, "border": "valid", "stride": 2}, ValueError, "needs stride 1"),
         ({"kernel_size": 3, "query_map": "left"}, ValueError, "query_map must be"),
         ({"kernel_size": 3, "query_map": 1}, ValueError, "outside of the 5 keys"),
-        ({"kernel_size": 3, "backend": "cutlass"}, ValueError, "one of triton, flex"),
+        ({"kernel_size": 3, "backend": "cutlass"}, ValueError, "one of sdpa, triton"),
         ({"kernel_size": 3, "rpb": torch.zeros(2, 5, 4)}, ValueError, r"shape \(2, 5, 5\)"),
         ({"kernel_size": 3, "key_mask": torch.ones(2, 5, 6)}, TypeError, "key_mask must be bool"),
         ({"kernel_size": 3, "additional_keys": torch.ones(1)}, ValueError, "given together"),
