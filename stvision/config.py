@@ -147,7 +147,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a mapping of keys to values, got {type(data).__name__}")
+        raise ValueError(f"{path} must hold a mapping, got {data!r}")  # noqa: TRY004
     return data
 
 
@@ -171,7 +171,7 @@ def _nested_dataclass(annotation: Any) -> type | None:
 def _check_keys(cls: type, mapping: Any, origin: str, where: tuple[str, ...]) -> None:
     if not isinstance(mapping, Mapping):
         key = ".".join(where) or "the file"
-        raise ValueError(f"{origin}: {key} must be a mapping, got {mapping!r}")
+        raise ValueError(f"{origin}: {key} must be a mapping, got {mapping!r}")  # noqa: TRY004
     known = _field_types(cls)
     for key, value in mapping.items():
         name = ".".join((*where, str(key)))
