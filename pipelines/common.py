@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from stvision.pipelines.memory import (
     ALLOCATOR_SLACK,
     MemoryPlan,
     Offload,
+    activation_bytes,
     decode_frames,
     encode_frames,
     largest_layer_bytes,
@@ -268,7 +269,7 @@ class VideoPipeline(DiffusionPipeline):
     ``self.encode`` and ``self.decode``.
     """
 
-    _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder"]
+    _optional_components = ["tokenizer", "text_encoder"]  # noqa: RUF012
     _interrupt: bool = False
     _num_timesteps: int = 0
     #: Frames that the VAE takes at once; None for all. ``fit_memory`` sets it.
@@ -280,6 +281,7 @@ class VideoPipeline(DiffusionPipeline):
     #: Print the peak memory of each call.
     report_memory: bool = False
     vae: Any
+    config: Any  # type: ignore[assignment]
 
     # -- loading and saving -------------------------------------------------------------------
 
@@ -534,10 +536,10 @@ class VideoPipeline(DiffusionPipeline):
                 )
 
     def _with_peak(self, plan: MemoryPlan, size: dict[str, int]) -> MemoryPlan:
-        networks = self._networks()
+        networks: dict[str, Any] = self._networks()
         wanted = torch.empty((), dtype=plan.dtype).element_size()
         needs = dict.fromkeys(networks, 0)
-        for name, count in self._needs_cached(plan, size).items():
+        for name, count in self.activation_needs(plan, **size).items():
             present = torch.empty((), dtype=networks[name].dtype).element_size()
             needs[name] = count * wanted // present
         if plan.offload == "none":
@@ -549,14 +551,12 @@ class VideoPipeline(DiffusionPipeline):
         values = {key: getattr(plan, key) for key in plan.__dataclass_fields__}
         return MemoryPlan(**{**values, "peak_bytes": int(peak * ALLOCATOR_SLACK)})
 
-    def _needs_cached(self, plan: MemoryPlan, size: dict[str, int]) -> dict[str, int]:
-        # Counting depends on these settings only; weights and dtype come on top of it.
-        frames = size["num_frames"] * size["batch_size"]
-        chunk = frames if plan.vae_chunk is None else min(plan.vae_chunk, frames)
-        key = (chunk, plan.vae_tiling, plan.batch_guidance, *size.values())
-        cache: dict[Any, dict[str, int]] = self.__dict__.setdefault("_needs", {})
+    def _counted(self, part: str, run: Callable[..., object], *settings: Any) -> int:
+        """``activation_bytes`` of ``run``, remembered by what it depends on."""
+        key = (part, getattr(self, part).dtype, *settings)
+        cache: dict[Any, int] = self.__dict__.setdefault("_needs", {})
         if key not in cache:
-            cache[key] = self.activation_needs(plan, **size)
+            cache[key] = activation_bytes(run)
         return cache[key]
 
     def _apply_plan(self, plan: MemoryPlan, device: torch.device) -> None:

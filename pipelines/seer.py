@@ -44,7 +44,7 @@ from stvision.pipelines.common import (
     resolve_folder,
 )
 from stvision.pipelines.conditioning import as_reference_clips, frames_to_tensor
-from stvision.pipelines.memory import MemoryPlan, activation_bytes, vae_tiles
+from stvision.pipelines.memory import MemoryPlan, vae_tiles
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class SeerPipeline(VideoPipeline):
             they are then loaded from there if not given, and not written by ``save_pretrained``.
     """
 
-    model_cpu_offload_seq = "text_encoder->fstext->unet->vae"
+    model_cpu_offload_seq = "text_encoder->fstext->unet->vae"  # type: ignore[assignment]
     _callback_tensor_inputs: ClassVar[list[str]] = [
         "latents",
         "prompt_embeds",
@@ -307,7 +307,7 @@ class SeerPipeline(VideoPipeline):
         callback_on_step_end: StepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         attention_backend: str | None = None,
-    ) -> VideoOutput | tuple[Any]:
+    ) -> Any:
         """Predict the frames that follow ``frames``.
 
         Args:
@@ -353,7 +353,8 @@ class SeerPipeline(VideoPipeline):
                 ``stvision.attention.BACKENDS``.
 
         Returns:
-            The video, reference frames (as the VAE shows them) included.
+            ``VideoOutput``, or a tuple of its frames: the video, reference frames (as the VAE
+            shows them) included.
 
         Raises:
             ValueError: arguments that cannot be met; the sentence names them and what is allowed.
@@ -391,7 +392,7 @@ class SeerPipeline(VideoPipeline):
         last = chunks[-1]
         return VideoOutput(
             frames=joined,
-            times=torch.cat([chunk.times for chunk in chunks], dim=1),
+            times=torch.cat([chunk.times for chunk in chunks if chunk.times is not None], dim=1),
             fps=last.fps,
             drift=last.drift,
             interrupted=last.interrupted,
@@ -711,9 +712,9 @@ class SeerPipeline(VideoPipeline):
         # Decoded frames of a window stay while the VAE works on the rest.
         kept = frames * 3 * height * width * torch.empty((), dtype=vae.dtype).element_size()
         return {
-            "fstext": activation_bytes(text),
-            "unet": activation_bytes(step),
-            "vae": activation_bytes(decode) + kept,
+            "fstext": self._counted("fstext", text, batch_size, num_frames, length),
+            "unet": self._counted("unet", step, branches, num_frames, h, w, length),
+            "vae": self._counted("vae", decode, chunk, h, w, plan.vae_tiling) + kept,
         }
 
 
@@ -806,6 +807,6 @@ def _backend(name: str | None, *models: Any) -> Iterator[None]:
     finally:
         for module, before in zip(modules, backends, strict=True):
             module.backend = before
-        for model, before in processors:
-            if before:
-                model.set_attn_processor(before)
+        for model, kept in processors:
+            if kept:
+                model.set_attn_processor(kept)
