@@ -77,6 +77,8 @@ def open_container(source: Any) -> Any:
     except (av.FFmpegError, UnicodeError) as error:
         if isinstance(error, PermissionError):
             raise PermissionError(f"{name}: no permission to read the file") from error
+        if isinstance(error, EOFError):
+            raise ValueError(f"{name}: the file ends before its first frame: no frames") from error
         raise ValueError(
             f"{name}: not a video file, or one cut off before its index "
             f"({getattr(error, 'strerror', None) or error})"

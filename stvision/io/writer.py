@@ -218,6 +218,9 @@ class VideoWriter:
         self._written += 1
 
     def _open(self, height: int, width: int, second: float | None, rate: float | None) -> None:
+        if self._codec == "libx265" and min(height, width) < 64:
+            # The encoder corrupts memory on pictures smaller than its coding unit.
+            raise ValueError(f"{self.path}: {height}x{width} pixels; hevc needs at least 64x64")
         self._height, self._width, self._first = height, width, second
         even = not self._lossless
         self._pad = (height % 2, width % 2) if even else (0, 0)

@@ -140,7 +140,10 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind, (name, codec, options) in KINDS.items():
         ticks = VARIABLE if kind == "variable" else None
         clock = 25 if name.endswith("avi") else 1000
-        made[kind] = encode(folder / name, codec, ticks=ticks, clock=clock, **options)
+        height = 64 if codec == "libx265" else 48  # x265 crashes below its coding unit
+        made[kind] = encode(
+            folder / name, codec, ticks=ticks, clock=clock, height=height, **options
+        )
     return made
 
 
