@@ -77,12 +77,11 @@ def open_container(source: Any) -> Any:
     except (av.FFmpegError, UnicodeError) as error:
         if isinstance(error, PermissionError):
             raise PermissionError(f"{name}: no permission to read the file") from error
+        fault = "not a video file, or one cut off before its index"
         if isinstance(error, EOFError):
-            raise ValueError(f"{name}: the file ends before its first frame: no frames") from error
-        raise ValueError(
-            f"{name}: not a video file, or one cut off before its index "
-            f"({getattr(error, 'strerror', None) or error})"
-        ) from error
+            fault = "the file ends before its first frame: no frames"
+        cause = getattr(error, "strerror", None) or error
+        raise ValueError(f"{name}: {fault} ({cause})") from error
 
 
 def video_stream(container: Any, source: Any) -> Any:
