@@ -7,6 +7,7 @@ number of tokens. Semantics are those of NATTEN (arXiv 2204.07143, 2209.15001, 2
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -64,6 +65,7 @@ class _Call(NamedTuple):
     additional_values: torch.Tensor | None
     axes: tuple[Axis, ...]
     deterministic: bool
+    request: Request
     choice: Choice
 
 
@@ -137,7 +139,30 @@ def _prepare(
         deterministic=deterministic,
     )
     choice = choose(request, backend)
-    return _Call(query, key, value, additional_keys, additional_values, axes, deterministic, choice)
+    return _Call(
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        axes,
+        deterministic,
+        request,
+        choice,
+    )
+
+
+def _backend_of_tokens(call: _Call, axes: tuple[Axis, ...], options: dict[str, Any]) -> str:
+    """Backend of the additional tokens, which ``attention_kwargs`` may name.
+
+    Raises:
+        ValueError: an option other than ``backend``, or a backend that cannot run the call.
+    """
+    unknown = sorted(set(options) - {"backend"})
+    if unknown:
+        raise ValueError(f"attention_kwargs takes backend only, not {', '.join(unknown)}")
+    request = replace(call.request, axes=axes, has_rpb=False, has_key_mask=False, needs_lse=True)
+    return choose(request, options.get("backend", call.choice.backend)).backend
 
 
 def _attend(
@@ -301,14 +326,18 @@ def neighborhood_attention_generic(
     if more_keys is not None and more_values is not None and more_keys.shape[1]:
         tokens, grid = more_keys.shape[1], query.shape[1:-2]
         flat = query.flatten(1, -3)
+        every = (Axis(flat.shape[1], tokens, tokens, query_map="start"),)
+        name = call.choice.backend
+        if attention_kwargs:
+            name = _backend_of_tokens(call, every, attention_kwargs)
         extra_out, extra_lse = _attend(
-            (attention_kwargs or {}).get("backend", call.choice.backend),
+            name,
             flat,
             more_keys,
             more_values,
             None,
             None,
-            (Axis(flat.shape[1], tokens, tokens, query_map="start"),),
+            every,
             float(scale),
             (),
             call.deterministic,

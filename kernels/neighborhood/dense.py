@@ -5,8 +5,6 @@ of a block sees exactly the keys of its block. Blocks become the batch of
 ``scaled_dot_product_attention``, which picks the fastest dense kernel of the device.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -39,11 +37,13 @@ def why_not(axes: tuple[Axis, ...], batch: int) -> str | None:
     """One sentence why the problem is no dense attention, or ``None`` when it is."""
     if is_triangle(axes):
         return None
-    counts = [blocks(axis) for axis in axes]
-    if any(count is None for count in counts):
-        return "windows are neither the whole grid nor blocks without overlap"
-    number = math.prod(count for count in counts if count is not None)
-    tokens = math.prod(axis.key_length for axis in axes) // number
+    number = tokens = 1
+    for axis in axes:
+        count = blocks(axis)
+        if count is None:
+            return "windows are neither the whole grid nor blocks without overlap"
+        number *= count
+        tokens *= axis.key_length // count
     if number > 1 and tokens < 64:
         return f"blocks of {tokens} tokens are too small to be dense problems of their own"
     if number * batch > LARGEST_BATCH:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from support_neighborhood import Problem, check, problems, relative_error
@@ -257,6 +258,18 @@ def test_additional_tokens_join_the_softmax() -> None:
     assert relative_error(found, wanted) < 1e-12
 
 
+def test_additional_tokens_may_run_elsewhere() -> None:
+    q, k, v = qkv(4, 4)
+    more = {"additional_keys": draw(2, 3, 2, 8), "additional_values": draw(2, 3, 2, 8, seed=6)}
+    wanted = na2d(q, k, v, 3, **more)
+    found = na2d(q, k, v, 3, **more, attention_kwargs={"backend": "reference"})
+    assert relative_error(found, wanted) < 1e-12
+    with pytest.raises(ValueError, match="backend must be one of"):
+        na2d(q, k, v, 3, **more, attention_kwargs={"backend": "cutlass-fmha"})
+    with pytest.raises(ValueError, match="takes backend only, not dropout"):
+        na2d(q, k, v, 3, **more, attention_kwargs={"dropout": 0.1})
+
+
 def test_merge_is_associative_and_knows_empty_sets() -> None:
     outs = [draw(3, 2, 8, seed=i) for i in range(3)]
     lses = [draw(3, 2, seed=i + 9) for i in range(3)]
@@ -324,6 +337,18 @@ def test_compiles_without_graph_breaks() -> None:
     wanted = torch.autograd.grad(call(q, k, v, more)[0].sum(), (q, k, v))
     for one, two in zip(grads, wanted, strict=True):
         assert relative_error(one, two) < 1e-6
+
+
+def test_compiles_once_for_grids_of_any_size() -> None:
+    def call(q, k, v):
+        return na2d(q, k, v, 3, dilation=(1, 2))
+
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=frames)
+    for grid in ((6, 7), (8, 9), (11, 6)):
+        q, k, v = (x.float().requires_grad_() for x in qkv(*grid))
+        assert torch.equal(compiled(q, k, v), call(q, k, v))
+    assert frames.frame_count == 1
 
 
 def test_autocast_computes_in_the_lower_type() -> None:
