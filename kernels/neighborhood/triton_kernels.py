@@ -1,12 +1,13 @@
 """Triton kernels of neighborhood attention: forward, gradient of queries, gradient of keys.
 
-Checked through Triton's interpreter on a CPU. Not yet timed or tuned on a GPU.
+Checked through Triton's interpreter on a CPU and compiled for sm_80, sm_90 and gfx942. Not yet run,
+timed or tuned on a GPU.
 
 Every kernel walks boxes: a tile of queries against boxes of keys that start exactly at the first
 key its windows reach, or a tile of keys against boxes of queries. Keys come through pointers (any
 GPU, any dilation) or, with ``BOXES``, through tensor descriptors over the untouched (B, T, H, W,
 heads * head_dim) tensor, so that a box is one copy by the tensor memory unit. Queries always come
-through pointers. Nothing is accumulated with atomics: results repeat bit by bit.
+through pointers. Only the gradient of rpb is accumulated with atomics; all else repeats bit by bit.
 """
 
 import triton
@@ -38,13 +39,19 @@ def _row_offset(t, h, w, stride_t, stride_h, stride_w):
 
 
 @triton.jit
-def _bias(
-    bias, head, kt, kh, kw, qt, qh, qw, WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, seen
-):
-    """rpb of (key minus query) places; only where ``seen``."""
+def _bias_index(kt, kh, kw, qt, qh, qw, WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr):
+    """Flat index into one head's rpb of (key minus query) places."""
     at = kt - qt + (WT - 1)
     at = at * (2 * WH - 1) + kh - qh + (WH - 1)
-    at = at * (2 * WW - 1) + kw - qw + (WW - 1)
+    return at * (2 * WW - 1) + kw - qw + (WW - 1)
+
+
+@triton.jit
+def _bias(
+    bias, head, kt, kh, kw, qt, qh, qw, WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, seen
+):  # fmt: skip
+    """rpb of (key minus query) places; only where ``seen``."""
+    at = _bias_index(kt, kh, kw, qt, qh, qw, WT, WH, WW)
     size: tl.constexpr = (2 * WT - 1) * (2 * WH - 1) * (2 * WW - 1)
     return tl.load(bias + head * size + at, mask=seen, other=0.0).to(tl.float32)
 
@@ -172,7 +179,7 @@ def forward_kernel(
 
 @triton.jit
 def query_gradient_kernel(
-    q, k, v, bias, key_mask, grad_out, lse, delta, grad_q,
+    q, k, v, bias, key_mask, grad_out, lse, delta, grad_q, grad_bias,
     tiles_t, tiles_h, tiles_w, bounds_t, bounds_h, bounds_w,
     n_t, n_h, n_w, heads, groups, scale,
     LQT, LQH, LQW, LKT, LKH, LKW,
@@ -263,6 +270,12 @@ def query_gradient_kernel(
         weights = tl.exp2(scores - log_total[:, None])
         ds = tl.dot(do, tl.trans(vv), input_precision=PRECISION) - shift[:, None]
         ds = weights * ds
+        if HAS_BIAS:
+            at = _bias_index(
+                kt[None, :], kh[None, :], kw[None, :], place_t, place_h, place_w, WT, WH, WW
+            )
+            size: tl.constexpr = (2 * WT - 1) * (2 * WH - 1) * (2 * WW - 1)
+            tl.atomic_add(grad_bias + head * size + at, ds, mask=seen)
         acc = tl.dot(ds.to(kk.dtype), kk, acc, input_precision=PRECISION)
     tl.store(
         grad_q + rows[:, None] * D + dim[None, :],

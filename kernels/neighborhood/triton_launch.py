@@ -193,20 +193,24 @@ def backward(
     tile: tuple[int, ...] | None = None,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of query, key, value and rpb. Always deterministic: no kernel uses atomics.
+    """Gradients of query, key, value and rpb.
 
-    The gradient of ``rpb`` needs sums over all tiles, which these kernels do not form: with ``rpb``
-    the whole backward runs on the blocked path.
+    Those of query, key and value repeat bit by bit. That of ``rpb`` is summed over all tiles with
+    atomics; with ``deterministic`` a call with ``rpb`` runs its backward on the blocked path.
     """
-    if rpb is not None:
+    if rpb is not None and deterministic:
         return blocked.backward(
             grad_out, grad_lse, query, key, value, rpb, key_mask, out, lse, axes, scale
         )
     grad_q, grad_k, grad_v = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
     )
+    grad_bias = None
+    if rpb is not None:
+        grad_bias = torch.zeros(rpb.shape, dtype=torch.float32, device=rpb.device)
+        rpb = rpb.contiguous()
     if not query.numel():
-        return grad_q, grad_k, grad_v, None
+        return grad_q, grad_k, grad_v, None if rpb is None else torch.zeros_like(rpb)
     size = max(key.shape[-1], value.shape[-1])
     # two products more live at once than in the forward, so the boxes are those of twice the size
     tiles = _sizes(tile, axes, 2 * size, query.element_size())
@@ -225,12 +229,13 @@ def backward(
         q,
         k,
         v,
-        q,
+        q if rpb is None else rpb,
         mask,
         grad_out,
         lse,
         delta,
         grad_q,
+        q if grad_bias is None else grad_bias,
         *tables,
         *bounds,
         *counts,
@@ -252,7 +257,7 @@ def backward(
         q,
         k,
         v,
-        q,
+        q if rpb is None else rpb,
         mask,
         grad_out,
         lse,
@@ -274,4 +279,6 @@ def backward(
         arguments,
         constants,
     )
-    return grad_q, grad_k, grad_v, None
+    if grad_bias is not None and rpb is not None:
+        grad_bias = grad_bias.to(rpb.dtype)
+    return grad_q, grad_k, grad_v, grad_bias

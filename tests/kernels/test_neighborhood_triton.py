@@ -60,7 +60,11 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_float32(name: str) -> None:
-    run(torch.float32, CASES[name])
+    run(torch.float32, CASES[name], deterministic=False)
+
+
+def test_deterministic_gradient_of_the_bias() -> None:
+    run(torch.float32, CASES["bias"], deterministic=True)
 
 
 def test_float16() -> None:
@@ -83,7 +87,7 @@ def test_small_tiles_reach_every_border() -> None:
 def test_random_problems_on_a_gpu(dtype: torch.dtype, problem: Problem) -> None:
     if problem.query_grid is not None and isinstance(problem.window.get("query_map"), str):
         problem.window["dilation"] = (1,) * len(problem.grid)
-    run(dtype, problem)
+    run(dtype, problem, deterministic=False)
 
 
 @pytest.mark.gpu
