@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvision.config import parse_config
-from stvision.models.action import ActionClassifier
+from stvision.models.action import ActionClassifier, augment_clips
 from stvision.train.data import DataConfig, to_network_range
 from stvision.train.entry import announce, report, seeded
 from stvision.train.loop import Batch, LoopConfig, Outcome, Task, fit, make_accelerator
@@ -39,8 +39,10 @@ class ActionConfig:
     """Further arguments of ActionClassifier."""
     max_shift: int = 4
     """Clips are shifted by up to so many pixels, their border repeated."""
-    brightness: float = 0.1
-    """Clips are made brighter or darker by up to this share."""
+    jitter: float = 0.2
+    """Brightness, contrast and saturation change by up to this share."""
+    degrade: float = 0.5
+    """Share of clips that are blurred, and of those that are given noise."""
     label_smoothing: float = 0.1
     """Share of the target that is spread over all classes."""
 
@@ -81,14 +83,14 @@ class ActionTask(Task):
         self.model = _Network(self.classifier, config.label_smoothing)
 
     def inputs(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
-        """Frames (B, C, T, H, W), shifted and lit at random, one way for a whole clip."""
-        frames = to_network_range(batch["frames"])
-        count, device = len(frames), frames.device
-        draw = torch.rand(count, 3, generator=generator, device=device)
-        if self.config.max_shift:
-            frames = shift_clips(frames, (draw[:, :2] * 2 - 1) * self.config.max_shift)
-        light = 1 + (draw[:, 2] * 2 - 1) * self.config.brightness
-        frames = ((frames + 1) * light.view(-1, 1, 1, 1, 1) - 1).clamp(-1, 1)
+        """Frames (B, C, T, H, W), augmented at random, one way for a whole clip."""
+        frames = augment_clips(
+            to_network_range(batch["frames"]),
+            max_shift=self.config.max_shift,
+            jitter=self.config.jitter,
+            degrade=self.config.degrade,
+            generator=generator,
+        )
         return {"frames": frames, "label": batch["label"]}
 
     def compile_targets(self) -> list[nn.Module]:
@@ -111,23 +113,6 @@ class ActionTask(Task):
     def export(self, folder: Path) -> None:
         """Write the classifier as a diffusers model folder."""
         self.classifier.save_pretrained(folder)
-
-
-def shift_clips(frames: Tensor, shift: Tensor) -> Tensor:
-    """Move each clip by whole pixels, repeating the border.
-
-    Args:
-        frames: (B, C, T, H, W).
-        shift: (B, 2) pixels down and right, rounded.
-    """
-    height, width = frames.shape[-2:]
-    device = frames.device
-    moved = shift.round().long()
-    rows = (torch.arange(height, device=device) - moved[:, :1]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=device) - moved[:, 1:]).clamp(0, width - 1)
-    items = torch.arange(len(frames), device=device)[:, None, None]
-    channels_last = frames.permute(0, 3, 4, 1, 2)
-    return channels_last[items, rows[:, :, None], columns[:, None, :]].permute(0, 3, 4, 1, 2)
 
 
 def run(config: ActionConfig) -> Outcome:

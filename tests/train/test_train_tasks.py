@@ -302,9 +302,3 @@ def test_perceptual_loss_has_the_gradient_of_the_metric() -> None:
     assert moved.item() < value.item()
     with pytest.raises(ValueError, match="cannot be made"):
         vae.load_perceptual("stvision.eval.metrics:Nothing", device)
-
-
-def test_shift_moves_whole_pixels_and_repeats_the_border() -> None:
-    frames = torch.arange(12.0).reshape(1, 1, 1, 3, 4)
-    moved = action.shift_clips(frames, torch.tensor([[1.0, -2.0]]))[0, 0, 0]
-    assert moved.tolist() == [[2, 3, 3, 3], [2, 3, 3, 3], [6, 7, 7, 7]]
