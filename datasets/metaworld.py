@@ -13,10 +13,12 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -328,27 +330,56 @@ def _play_all(
             initializer=_start_worker,
             initargs=(chosen, list(sys.path)),
         )
+        running: set[Future[int]] = {
+            pool.submit(_play_piece, str(folder), settings, task, seeds) for task, seeds in pieces
+        }
         try:
-            running: set[Future[int]] = {
-                pool.submit(_play_piece, str(folder), settings, task, seeds)
-                for task, seeds in pieces
-            }
-            while running:
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    bar.update(future.result())
+            with _deferred_interrupt() as interrupted:
+                while running and not interrupted:
+                    finished, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        bar.update(future.result())
+                # an interruption lets every worker end the episode that it is playing
+                _stop_workers(pool, running, at_once=bool(interrupted))
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "a rendering process died (out of memory, or a crash in the OpenGL driver with "
                 f"MUJOCO_GL={chosen}); finished episodes are kept, run the same command again"
             ) from error
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            _stop_workers(pool, running, at_once=True)
+        if interrupted:
+            raise KeyboardInterrupt
+
+
+def _stop_workers(pool: ProcessPoolExecutor, running: set[Future[int]], at_once: bool) -> None:
+    processes = list((getattr(pool, "_processes", None) or {}).values())
+    for future in running:
+        future.cancel()
+    if at_once:
+        for process in processes:
+            process.terminate()  # caught by the worker, which ends its episode first
+    pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[list[int]]:
+    """Collect Ctrl-C in a list: raised inside the pool's own locks it would leave them held."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _start_worker(gl: str, path: list[str]) -> None:
-    # Ctrl-C goes to the parent alone, which lets the running pieces come to an end
+    # Ctrl-C is the parent's business; it asks by SIGTERM to stop after the present episode
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stop_soon)
     os.environ["MUJOCO_GL"] = gl
     sys.path[:] = path
     import torch
@@ -356,9 +387,23 @@ def _start_worker(gl: str, path: list[str]) -> None:
     torch.set_num_threads(1)
 
 
+#: in a worker: whether it is playing an episode, and whether it was asked to stop after it
+_worker = {"playing": False, "stop": False}
+
+
+def _stop_soon(number: int, frame: object) -> None:
+    _worker["stop"] = True
+    if not _worker["playing"]:
+        os._exit(0)
+
+
 def _play_piece(folder: str, settings: Settings, task: str, seeds: list[int]) -> int:
     for seed in seeds:
+        _worker["playing"] = True
         _play_one(Path(folder), settings, task, seed)
+        _worker["playing"] = False
+        if _worker["stop"]:
+            os._exit(0)
     return len(seeds)
 
 

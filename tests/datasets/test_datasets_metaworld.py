@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -128,3 +130,31 @@ def test_nothing_is_chosen_at_import() -> None:
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=clean
     )
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_interruption_stops_soon_and_resumes(tmp_path: Path) -> None:
+    needs_simulator()
+    command = [sys.executable, "-m", "stvision", "data", "metaworld", "--out", str(tmp_path)]
+    command += ["--tasks", "handle-press-v3", "drawer-close-v3", "--episodes", "20"]
+    command += ["--size", "16", "16", "--frames", "2", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    journal = tmp_path / ".episodes.jsonl"
+
+    def finished() -> int:
+        return len(journal.read_text().splitlines()) - 1 if journal.exists() else 0
+
+    deadline = time.monotonic() + 60
+    while finished() < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        _, errors = process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if b"no OpenGL" in errors:
+        pytest.skip("no OpenGL here")
+    assert process.returncode == 130
+    kept = len((tmp_path / "index.jsonl").read_text().splitlines())
+    assert 2 <= kept == finished() < 40
+    assert not list(tmp_path.rglob(".*.mp4"))
