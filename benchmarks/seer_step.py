@@ -89,7 +89,7 @@ def temporal_backend(model: SeerUNetModel, backend: str) -> None:
             module.backend = backend
 
 
-def timed(call: Callable[[], object], repeats: int, warmup: int = 3) -> tuple[float, float]:
+def timed(call: Callable[[], object], repeats: int, warmup: int = 5) -> tuple[float, float]:
     """Median milliseconds by device events, and peak GiB over all repeats."""
     for _ in range(warmup):
         call()
@@ -213,6 +213,17 @@ def measure(args: argparse.Namespace) -> list[dict]:
             inputs = Case(*case, dtype)
             classes, kernels = operator_classes(partial(inputs.seer, model))
             print(f"seer kernels {kernels}, device ms by class: {classes}")
+        model.to(memory_format=torch.channels_last)
+        for case in cases:
+            inputs = Case(*case, dtype)
+            note(
+                case, "seer eager channels-last", *timed(partial(inputs.seer, model), args.repeats)
+            )
+            with fast(model):
+                result = timed(partial(inputs.seer, model), args.repeats)
+                note(case, "seer fast channels-last", *result)
+            release()
+        model.to(memory_format=torch.contiguous_format)
         temporal_backend(model, "math")
         for case in cases:
             inputs = Case(*case, dtype)
@@ -228,30 +239,28 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 def training(args: argparse.Namespace, dtype: torch.dtype, note: Callable) -> None:
     """Forward and backward with only the temporal layers trained, as in the paper."""
-    case = (args.batch[0], args.frames[-1])
-    inputs = Case(*case, dtype)
+    cases = [(batch, args.frames[0]) for batch in args.batch]
     model = seer_unet(dtype)
     for parameter in model.temporal_parameters():
         parameter.requires_grad_(True)
 
-    def step() -> None:
-        inputs.seer(model).square().mean().backward()
+    def step(forward: Callable, model: torch.nn.Module) -> None:
+        forward(model).square().mean().backward()
         model.zero_grad(set_to_none=True)
 
-    for backend, name in (("sdpa", "seer train"), ("math", "seer plain train")):
-        temporal_backend(model, backend)
-        note(case, name, *timed(step, args.repeats))
+    for case in cases:
+        inputs = Case(*case, dtype)
+        for backend, name in (("sdpa", "seer train"), ("math", "seer plain train")):
+            temporal_backend(model, backend)
+            note(case, name, *timed(partial(step, inputs.seer, model), args.repeats))
     del model
     release()
     model = motion_unet(dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("motion_modules" in name)
-
-    def motion_step() -> None:
-        inputs.motion(model).square().mean().backward()
-        model.zero_grad(set_to_none=True)
-
-    note(case, "motion train", *timed(motion_step, args.repeats))
+    for case in cases:
+        inputs = Case(*case, dtype)
+        note(case, "motion train", *timed(partial(step, inputs.motion, model), args.repeats))
 
 
 def table(rows: list[dict]) -> str:

@@ -9,6 +9,7 @@ clips that turn out broken when they are read; :class:`Tally` says both in one l
 import hashlib
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -363,9 +364,18 @@ class ClipDataset(Dataset):
             num_workers=workers,
             timeout=timeout if workers else 0,
             prefetch_factor=4 if workers else None,
-            # workers start while this process may hold threads that a fork would not copy
-            multiprocessing_context="spawn" if workers else None,
+            multiprocessing_context=worker_context(workers),
         )
+
+
+def worker_context(workers: int) -> str | None:
+    """How decoding workers start: as copies of this process on Linux, else as the platform does.
+
+    A copy is there at once; a new interpreter imports everything again, tens of seconds a worker.
+    The loader gives each worker one thread, and decoders are opened only inside of workers, so
+    nothing that a copy lacks is used there.
+    """
+    return "fork" if workers and sys.platform == "linux" else None
 
 
 class _Tolerant(Dataset):

@@ -18,6 +18,7 @@ _EXPORTS: dict[str, str] = {
     "FSTextDecomposer": "stvision.models.fstext",
     "SeerUNetModel": "stvision.models.seer",
     "SeerPipeline": "stvision.pipelines.seer",
+    "SeerDDIMScheduler": "stvision.models.sampling",
     "na1d": "stvision.kernels.neighborhood",
     "na2d": "stvision.kernels.neighborhood",
     "na3d": "stvision.kernels.neighborhood",
@@ -26,7 +27,13 @@ _EXPORTS: dict[str, str] = {
 __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604
 
 
+#: bases that diffusers looks up in the library which a pipeline's component names; not exports
+_DIFFUSERS_BASES = ("ModelMixin", "SchedulerMixin")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _DIFFUSERS_BASES:
+        return getattr(importlib.import_module("diffusers"), name)
     if name not in _EXPORTS:
         raise AttributeError(f"module 'stvision' has no attribute {name!r}")
     value = getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stvision.datasets.batching import BucketBatchSampler
+from stvision.datasets.records import worker_context
 from stvision.train.state import derive_seed
 
 #: kind of data set -> "module:class" of its reader
@@ -247,7 +248,7 @@ class LoaderSource:
             timeout=self.timeout if self.workers else 0,
             generator=torch.Generator().manual_seed(0),
             # this process holds threads and a device, which a fork would not survive
-            multiprocessing_context="spawn" if self.workers else None,
+            multiprocessing_context=worker_context(self.workers),
         )
         return iter(loader)
 
