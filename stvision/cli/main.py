@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 module.Command, args=rest, prog=f"stvision {name}", description=summary
             )
         return module.run(command) or 0
+    except SystemExit as stop:  # the parser has printed its help, or what it did not understand
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         print("stvision: interrupted", file=sys.stderr)
         return 130

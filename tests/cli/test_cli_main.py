@@ -16,9 +16,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([name, "--help"])
-    assert stop.value.code in (0, None)
+    assert main([name, "--help"]) == 0
     assert "usage" in capsys.readouterr().out.lower()
 
 
