@@ -37,7 +37,8 @@ def as_reference_clips(
         untimed_fps: rate of sources that carry no times, such as arrays and images.
 
     Raises:
-        ValueError: a source has fewer frames than ``count``, or there is no source.
+        ValueError: a source has fewer frames than ``count``, sources shorter than ``usual`` differ
+            in length, or there is no source.
     """
     if count is not None and count < 1:
         raise ValueError(f"num_reference_frames must be at least 1, got {count}")
@@ -47,15 +48,21 @@ def as_reference_clips(
         wanted = 1 if count is None else count
     else:
         sources = _sources(frames)
-    clips = [source_clip(item, wanted, fps=fps, untimed_fps=untimed_fps) for item in sources]
-    if not clips:
+    if not sources:
         raise ValueError("frames and image must hold at least one picture, got an empty list")
-    shortest = min(len(clip) for clip in clips)
-    if shortest == 0 or (count is not None and shortest < count):
+    clips = [source_clip(item, wanted, fps=fps, untimed_fps=untimed_fps) for item in sources]
+    lengths = [len(clip) for clip in clips]
+    if min(lengths) == 0 or (count is not None and min(lengths) < count):
         raise ValueError(
-            f"num_reference_frames is {wanted}, but a reference clip has only {shortest} frames"
+            f"num_reference_frames is {wanted}, but a reference clip has only {min(lengths)} frames"
         )
-    return [replace(clip[: min(wanted, shortest)], fps=clip.fps) for clip in clips]
+    if min(lengths) != max(lengths):
+        raise ValueError(
+            f"the reference clips have {lengths} frames of the {wanted} that are used; videos of "
+            f"one call share their number: give num_reference_frames={min(lengths)}, or clips of "
+            "one length"
+        )
+    return clips
 
 
 def _sources(frames: Any) -> list[Any]:

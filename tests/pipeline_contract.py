@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from stvision.pipelines.common import OUTPUT_TYPES, VideoOutput
+from stvision.pipelines.results import OUTPUT_TYPES, VideoOutput
 
 
 def state_of(pipeline) -> dict:

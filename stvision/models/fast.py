@@ -3,13 +3,18 @@
 At 256 x 256 pixels a video U-Net is bound by kernel launches, not by arithmetic: the host needs
 longer to issue a step than the GPU to compute it. A graph issues the whole step at once. Inputs are
 copied into fixed buffers, so any number of steps, any prompt and any timestep reuse one capture;
-only another shape, dtype or number of reference frames makes a new one.
+only another shape, dtype, number of reference frames or attention backend makes a new one. A capture
+reads the weights where they lay when it was made: moved or converted weights are noticed and
+captured anew; after a change of the network itself (an adapter added or scaled), call
+:func:`enable_fast` again.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,6 +52,25 @@ class GraphedForward:
         self._target = torch.compile(self.plain, dynamic=False) if compile else self.plain
         self._captures: OrderedDict[tuple, _Capture] = OrderedDict()
         self._pool: Any = None
+        self._addresses: tuple[int, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GraphedForward":
+        """A copied model is fast too, with captures of its own."""
+        return GraphedForward(copy.deepcopy(self.module, memo), compile=self.compiled)
+
+    # Found at the first call: walking all modules at each would cost more than a replay saves.
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        return [*self.module.parameters(), *self.module.buffers()]
+
+    @cached_property
+    def _switched(self) -> list[nn.Module]:
+        return [item for item in self.module.modules() if _switches(item) != (None, None)]
+
+    def clear(self) -> None:
+        """Free all captures; the next call makes a new one."""
+        self._captures.clear()
+        self._pool = None
 
     def __call__(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any):
         usable = sample.is_cuda and not torch.is_grad_enabled() and not self.module.training
@@ -58,12 +82,11 @@ class GraphedForward:
         for name, value in [*((f"{i}", v) for i, v in enumerate(args)), *kwargs.items()]:
             (tensors if isinstance(value, Tensor) else fixed)[name] = value
 
-        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        key = (
-            *((n, tuple(t.shape), t.dtype, t.device) for n, t in tensors.items()),
-            *((name, repr(value)) for name, value in fixed.items()),
-            autocast,
-        )
+        addresses = tuple(weight.data_ptr() for weight in self._weights)
+        if addresses != self._addresses:
+            self.clear()
+            self._addresses = addresses
+        key = self._key(tensors, fixed)
         capture = self._captures.get(key)
         if capture is None:
             capture = self._captures[key] = self._capture(tensors, fixed, len(args))
@@ -75,6 +98,16 @@ class GraphedForward:
         capture.graph.replay()
         # the buffer is overwritten by the next replay; the caller keeps what it was given
         return _cloned(capture.output)
+
+    def _key(self, tensors: dict[str, Tensor], fixed: dict[str, Any]) -> tuple:
+        """What one capture is good for."""
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        return (
+            *((n, tuple(t.shape), t.dtype, t.device) for n, t in tensors.items()),
+            *((name, repr(value)) for name, value in fixed.items()),
+            autocast,
+            *map(_switches, self._switched),
+        )
 
     def _capture(
         self, tensors: dict[str, Tensor], fixed: dict[str, Any], num_args: int
@@ -100,6 +133,12 @@ class GraphedForward:
         return _Capture(graph, inputs, output)
 
 
+def _switches(module: nn.Module) -> tuple[Any, Any]:
+    """How an attention module computes: the backend's name and the kind of processor, or None."""
+    processor = getattr(module, "processor", None)
+    return getattr(module, "backend", None), None if processor is None else type(processor)
+
+
 def _cloned(output: Any) -> Any:
     if isinstance(output, Tensor):
         return output.clone()
@@ -123,8 +162,11 @@ def enable_fast(module: nn.Module, *, compile: bool = False) -> None:
     """
     if not torch.cuda.is_available():
         raise RuntimeError("fast mode replays CUDA graphs and needs a CUDA device; found none")
-    if hasattr(module, "_hf_hook"):
-        raise RuntimeError("fast mode and CPU offload exclude each other; turn offload off first")
+    if is_offloaded(module):
+        raise RuntimeError(
+            "fast mode and CPU offload exclude each other: captures read weights by address; turn "
+            "offload off first"
+        )
     module.forward = GraphedForward(module, compile=compile)  # type: ignore[method-assign]
 
 
@@ -134,9 +176,26 @@ def disable_fast(module: nn.Module) -> None:
         del module.forward
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether the module, or a layer of it, carries hooks that move its weights."""
+    return any(hasattr(item, "_hf_hook") for item in module.modules())
+
+
 def is_fast(module: nn.Module) -> bool:
     """Whether :func:`enable_fast` is in force for ``module``."""
     return isinstance(vars(module).get("forward"), GraphedForward)
+
+
+@contextmanager
+def plain(module: nn.Module) -> Iterator[None]:
+    """The plain forward pass inside a ``with`` block; captures are kept for afterwards."""
+    forward = vars(module).get("forward")
+    disable_fast(module)
+    try:
+        yield
+    finally:
+        if isinstance(forward, GraphedForward):
+            module.forward = forward  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
+from stvision.models.fast import plain
+
 #: What chooses noise: a generator, an integer seed, one of either per sample, or nothing.
 Seed = torch.Generator | int | Sequence[torch.Generator | int] | None
 
@@ -315,7 +317,8 @@ def _first_bad_layer(model: nn.Module, again: Callable[[], object]) -> str:
         for name, module in model.named_modules():
             if not any(True for _ in module.children()):
                 handles.append(module.register_forward_hook(watch(name)))
-        again()
+        with plain(model):  # hooks do not run while a graph is replayed
+            again()
     finally:
         for handle in handles:
             handle.remove()

@@ -1,10 +1,12 @@
 """Fast mode: replays equal the plain pass, and whatever it cannot do goes to the plain pass."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from stvision.models.fast import disable_fast, enable_fast, fast, is_fast
+from stvision.models.fast import disable_fast, enable_fast, fast, is_fast, plain
 
 
 class Denoiser(nn.Module):
@@ -14,10 +16,12 @@ class Denoiser(nn.Module):
         super().__init__()
         self.mix = nn.Linear(8, 8)
         self.calls = 0
+        self.backend = "sdpa"
 
     def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, *, double: bool = False):
         self.calls += 1
         out = self.mix(sample) * (timestep + 1) + text.mean(1, keepdim=True)
+        out = -out if self.backend == "math" else out
         return (2 * out if double else out,)
 
 
@@ -58,11 +62,53 @@ def test_tensors_outside_a_gpu_take_the_plain_pass(pretend_gpu) -> None:
         assert torch.equal(model(*arguments)[0], expected)
 
 
-def test_offload_hooks_are_refused(pretend_gpu) -> None:
+@pytest.mark.parametrize("where", ["whole", "layer"])
+def test_offload_hooks_are_refused(pretend_gpu, where) -> None:
     model = Denoiser()
-    model._hf_hook = object()
+    (model if where == "whole" else model.mix)._hf_hook = object()
     with pytest.raises(RuntimeError, match="offload"):
         enable_fast(model)
+
+
+def test_the_plain_pass_for_a_while(pretend_gpu) -> None:
+    model = Denoiser()
+    with fast(model):
+        kept = model.forward
+        with pytest.raises(ValueError, match="inside"), plain(model):
+            assert not is_fast(model)
+            raise ValueError("inside")
+        assert model.forward is kept
+    with plain(model):
+        assert not is_fast(model)
+    assert "forward" not in vars(model)
+
+
+def test_a_copy_is_fast_by_itself(pretend_gpu) -> None:
+    model, arguments = Denoiser().eval(), inputs(0, device="cpu")
+    with fast(model), torch.no_grad():
+        twin = copy.deepcopy(model)
+        assert is_fast(twin) and twin.forward is not model.forward
+        twin.mix.weight.zero_()
+        assert not torch.equal(twin(*arguments)[0], model(*arguments)[0])
+    assert is_fast(twin) and not is_fast(model)
+
+
+def test_a_capture_belongs_to_shapes_flags_and_the_backend(pretend_gpu) -> None:
+    model = Denoiser()
+    with fast(model):
+        key = model.forward._key
+
+        def of(seed: int, batch: int = 2, **fixed) -> tuple:
+            sample, time, text = inputs(seed, batch, "cpu")
+            return key({"sample": sample, "timestep": time, "0": text}, fixed)
+
+        assert of(1) == of(2), "other prompts and timesteps need no new capture"
+        assert of(1) != of(1, 3) and of(1) != of(1, double=True)
+        before = of(1)
+        model.backend = "math"
+        assert of(1) != before
+        model.backend = "sdpa"
+        assert of(1) == before
 
 
 @pytest.mark.gpu
@@ -100,3 +146,20 @@ def test_gradients_take_the_plain_pass() -> None:
     with fast(model):
         model(*inputs(0))[0].sum().backward()
     assert model.mix.weight.grad is not None
+
+
+@pytest.mark.gpu
+def test_another_backend_and_moved_weights_are_captured_anew() -> None:
+    model = Denoiser().cuda().eval()
+    with torch.no_grad(), fast(model):
+        first = model(*inputs(0))[0]
+        model.backend = "math"
+        torch.testing.assert_close(model(*inputs(0))[0], -first, rtol=0, atol=0)
+        model.cpu()
+        model.mix.weight.zero_()
+        model.mix.bias.zero_()
+        model.cuda()
+        arguments = inputs(0)
+        expected = model.forward.plain(*arguments)[0]
+        torch.testing.assert_close(model(*arguments)[0], expected, rtol=0, atol=0)
+        assert len(model.forward._captures) == 1

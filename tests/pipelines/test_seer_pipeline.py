@@ -13,9 +13,12 @@ from support_seer import tiny_seer_components, tiny_seer_pipeline
 from stvision.io import Clip
 from stvision.models.sampling import NonFiniteLatentsError, make_scheduler, randn_per_sample
 from stvision.models.text import packaged_minilm_folder
-from stvision.pipelines.common import DriftMeter, SizeRules, parse_bytes, resolve_folder
+from stvision.pipelines.budget import parse_bytes
 from stvision.pipelines.conditioning import frames_to_tensor
+from stvision.pipelines.folders import resolve_folder
+from stvision.pipelines.results import DriftMeter
 from stvision.pipelines.seer import SeerPipeline
+from stvision.pipelines.sizes import SizeRules
 
 PROMPTS = ["open the drawer", "push the red cup to the left", "close the door"]
 
