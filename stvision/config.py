@@ -110,6 +110,28 @@ def dump_config(config: Any, path: str | Path) -> None:
     os.replace(temporary, target)
 
 
+def update_config(path: str | Path, changes: Mapping[str, Any]) -> None:
+    """Change single keys of a YAML configuration, atomically.
+
+    Args:
+        path: the file.
+        changes: nested as the file is; what it does not name stays.
+    """
+    import yaml
+
+    def merged(old: Any, new: Any) -> Any:
+        if not isinstance(new, Mapping):
+            return new
+        kept = dict(old) if isinstance(old, Mapping) else {}
+        return kept | {key: merged(kept.get(key), value) for key, value in new.items()}
+
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    data = merged(_read_yaml(target), changes)
+    temporary.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+    os.replace(temporary, target)
+
+
 def parse_config(cls: type[T], argv: Sequence[str] | None = None, prog: str = "") -> T:
     """Configuration of a ``python -m`` entry: ``[--config FILE] [OPTIONS]``.
 

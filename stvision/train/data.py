@@ -187,6 +187,9 @@ class ResidentSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to do."""
 
+    def report(self) -> None:
+        """Nothing is left out here; what could not be cached was said then."""
+
 
 class _Endless:
     """Batches of (index, seed of the item) from a place on, epoch after epoch."""
@@ -273,3 +276,6 @@ class LoaderSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position written by :meth:`state_dict`."""
         self.epoch, self.consumed, self._batches = state["epoch"], state["consumed"], None
+
+    def report(self) -> None:
+        """Nothing yet."""

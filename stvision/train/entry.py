@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from stvision.config import dump_config
+from stvision.train.compilation import keep_compiled
 from stvision.train.loop import Outcome
 
 
@@ -29,6 +30,8 @@ def announce(config: Any) -> float:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         dump_config(config, folder / "config.yaml")
+    if config.loop.compile != "off":
+        keep_compiled(Path(config.data.cache_dir) / "compiled")
     return started
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -25,87 +25,18 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from stvision.optional import require
 from stvision.train.checkpoint import clean, complete_checkpoints
+from stvision.train.compilation import compile_networks
 from stvision.train.ema import EMA
 from stvision.train.folders import replaced_folder
+from stvision.train.length import Length
+from stvision.train.log import append_line, cut_after, tensorboard_writer
+from stvision.train.options import LoopConfig, learning_rate_factor
 from stvision.train.state import TrainState, derive_seed
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How a network is optimised; the same for every task."""
-
-    max_steps: int = 1000
-    """Optimizer steps in all."""
-    batch_size: int = 8
-    """Items in one micro-batch of one process."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches in one optimizer step."""
-    learning_rate: float = 1e-4
-    """Highest learning rate, after warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Moments of AdamW."""
-    weight_decay: float = 1e-2
-    """Decoupled weight decay of AdamW."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Course of the learning rate after warm-up."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly."""
-    final_learning_rate: float = 0.0
-    """Where the cosine ends."""
-    max_grad_norm: float | None = 1.0
-    """Gradients are scaled down to this norm; none means no clipping."""
-    ema_decay: float | None = 0.999
-    """Decay of the moving average that is validated and exported; none switches it off."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the forward pass; none follows `accelerate launch --mixed_precision`."""
-    compile: Literal["off", "regional", "whole"] = "off"
-    """torch.compile for nothing, for the repeated blocks, or for each whole network."""
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
-    """Mode of torch.compile; "reduce-overhead" replays CUDA graphs."""
-    deterministic: bool = False
-    """Refuse operators whose result may differ between two runs on a GPU."""
-    log_every: int = 20
-    """Steps between two lines of the log; in between nothing waits for the device."""
-    save_every: int = 1000
-    """Steps between two checkpoints."""
-    keep_last: int = 2
-    """Checkpoints kept."""
-    validate_every: int = 0
-    """Steps between two validations; 0 validates at the end only."""
-    max_seconds: float | None = None
-    """Stop with a checkpoint before this much time has passed since the start of the process."""
-    reserve_seconds: float = 10.0
-    """Time kept free at the end of `max_seconds`, on top of what saving and validating took."""
-    collective_timeout: float = 1800.0
-    """Seconds after which a process stops waiting for the others."""
-    tensorboard: bool = True
-    """Write TensorBoard files besides metrics.jsonl."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "keep_last"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("log_every", "save_every"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "validate_every", "learning_rate", "weight_decay"):
-            _at_least(name, getattr(self, name), 0)
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        if self.max_seconds is not None and self.max_seconds <= self.reserve_seconds:
-            raise ValueError(
-                f"max_seconds={self.max_seconds} must exceed reserve_seconds="
-                f"{self.reserve_seconds}, or no step would ever be made"
-            )
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 class Source(Protocol):
@@ -119,6 +50,9 @@ class Source(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position."""
+
+    def report(self) -> None:
+        """Say in one line what was left out; called when training ends or stops."""
 
 
 class Task:
@@ -177,18 +111,6 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     )
 
 
-def learning_rate_factor(step: int, config: LoopConfig) -> float:
-    """Learning rate of the step with this number (from 0), as a share of the highest one."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    length = max(1, config.max_steps - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / length)
-    low = config.final_learning_rate / config.learning_rate if config.learning_rate else 0.0
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def fit(
     task: Task,
     source: Source,
@@ -237,6 +159,7 @@ class _Run:
         self.accelerator = accelerator or make_accelerator(config)
         self.output_dir = output_dir
         self.checkpoints = output_dir / "checkpoints"
+        self.length = Length(config, output_dir, self.accelerator, self.started)
         self.signalled = False
         self.save_seconds = 1.0
         device = self.accelerator.device
@@ -261,7 +184,7 @@ class _Run:
             fused=device.type == "cuda",
         )
         self.replays_graphs = config.compile != "off" and config.compile_mode == "reduce-overhead"
-        _compile(task, config)
+        compile_networks(task.compile_targets(), config)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.state = TrainState(self.accelerator, model, optimizer, self.ema, source)
         if self.replays_graphs:
@@ -275,11 +198,11 @@ class _Run:
 
     def run(self) -> Outcome:
         self._resume()
-        config, state = self.config, self.state
-        if state.step >= config.max_steps and self._finished_before():
+        config, state, length = self.config, self.state, self.length
+        if length.reached(state.step) and self._finished_before():
             return Outcome(state.step, True, self._last_metrics())
         bar = tqdm(
-            total=config.max_steps,
+            total=length.steps,
             initial=state.step,
             disable=not self.accelerator.is_main_process,
             dynamic_ncols=True,
@@ -287,7 +210,10 @@ class _Run:
             desc="training",
         )
         metrics: dict[str, float] = {}
-        with self._writer() as self.tensorboard, self._signals(), bar:
+        main = config.tensorboard and self.accelerator.is_main_process
+        folder = self.output_dir / "tensorboard" if main else None
+        writer = tensorboard_writer(folder, state.step + 1)
+        with writer as self.tensorboard, self._signals(), self._reporting(), bar:
             self.log_time, self.log_step = time.monotonic(), state.step
             while True:
                 if self._must_stop():
@@ -297,22 +223,42 @@ class _Run:
                     return Outcome(state.step, False, metrics)
                 if self._validation_due():
                     metrics = self._validate()
-                if state.step >= config.max_steps:
+                if length.reached(state.step):
                     break
+                if length.steps is None and 0 < state.step == config.settle_after:
+                    self._save()  # its duration counts when the number of steps is settled
+                length.before_step(state.step)
                 self._step()
                 bar.update()
-                if state.step % config.log_every == 0 or state.step == config.max_steps:
+                if length.due(state.step):
+                    metrics = self._settle()
+                    bar.total = length.steps
+                last = length.reached(state.step)
+                if state.step % config.log_every == 0 or last:
                     bar.set_postfix(self._log())
-                if state.step % config.save_every == 0 or state.step == config.max_steps:
+                if state.step % config.save_every == 0 or last:
                     self._save()
             self._export()
             self._status(finished=True)
         return Outcome(state.step, True, metrics)
 
+    def _settle(self) -> dict[str, float]:
+        """Fix the number of steps by what a step, a checkpoint and a validation took.
+
+        The checkpoint follows the number, so that none from here on lacks it.
+        """
+        state = self.state
+        each = self.length.seconds_per_step(state.step)
+        metrics = self._validate()
+        self.length.settle(state.step, each, self.save_seconds, state.validation_seconds)
+        state.max_steps = self.length.steps
+        self._save()
+        return metrics
+
     def _step(self) -> None:
         config, state = self.config, self.state
         accumulation = config.gradient_accumulation_steps
-        factor = learning_rate_factor(state.step, config)
+        factor = learning_rate_factor(state.step, config, self.length.steps)
         for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
             group["lr"] = config.learning_rate * own.get("lr_scale", 1.0) * factor
         for micro in range(accumulation):
@@ -371,27 +317,18 @@ class _Run:
         if self.accelerator.is_main_process:
             rate = self.optimizer.param_groups[0]["lr"]
             line = {**values, "learning_rate": rate, "seconds_per_step": seconds}
-            _append(self.output_dir / "metrics.jsonl", {"step": state.step, **line})
+            append_line(self.output_dir / "metrics.jsonl", {"step": state.step, **line})
             if self.tensorboard is not None:
                 for name, value in line.items():
                     self.tensorboard.add_scalar(f"train/{name}", value, state.step)
         return {"loss": values["loss"], "s/step": seconds}
 
     @contextmanager
-    def _writer(self) -> Iterator[Any]:
-        if not (self.config.tensorboard and self.accelerator.is_main_process):
-            yield None
-            return
-        require("tensorboard", extra="train")
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(
-            str(self.output_dir / "tensorboard"), purge_step=self.state.step + 1, flush_secs=30
-        )
+    def _reporting(self) -> Iterator[None]:
         try:
-            yield writer
+            yield
         finally:
-            writer.close()
+            self.source.report()
 
     def _finished_before(self) -> bool:
         status = self.output_dir / "status.json"
@@ -407,12 +344,12 @@ class _Run:
 
     def _status(self, *, finished: bool) -> None:
         if self.accelerator.is_main_process:
-            status = {"step": self.state.step, "max_steps": self.config.max_steps}
-            _write_json(self.output_dir / "status.json", {**status, "finished": finished})
+            self.length.write_status(self.state.step, finished=finished)
             if not finished:
+                total = "" if self.length.steps is None else f" of {self.length.steps}"
                 tqdm.write(
-                    f"stopped after step {self.state.step} of {self.config.max_steps} with a "
-                    "checkpoint; the same command continues"
+                    f"stopped after step {self.state.step}{total} with a checkpoint; the same "
+                    "command continues"
                 )
 
     # -- checkpoints -----------------------------------------------------------------------
@@ -428,9 +365,11 @@ class _Run:
             self.state.load(found[-1])
             if main:
                 logger.info("continuing from %s", found[-1])
+        self.length.restore(self.state.step, self.state.max_steps)
+        self.state.max_steps = self.length.steps
         if main:
             for name in ("metrics.jsonl", "validation.jsonl"):
-                _cut_after(self.output_dir / name, self.state.step)
+                cut_after(self.output_dir / name, self.state.step)
         # nothing may be written before every process has read
         self.accelerator.wait_for_everyone()
 
@@ -442,6 +381,7 @@ class _Run:
         begun = time.monotonic()
         self.state.save(self.checkpoints, self.config.keep_last)
         self.save_seconds = time.monotonic() - begun
+        self.length.paused += self.save_seconds
 
     def _export(self) -> None:
         if self.accelerator.is_main_process:
@@ -460,10 +400,12 @@ class _Run:
     # -- validation and time ---------------------------------------------------------------
 
     def _validation_due(self) -> bool:
-        every, step = self.config.validate_every, self.state.step
-        if step >= self.config.max_steps:
-            return self.state.last_validated < step
-        return every > 0 and step // every * every > self.state.last_validated
+        every, step, last = self.config.validate_every, self.state.step, self.state.last_validated
+        if self.length.reached(step):
+            return last < step
+        # a training that settles its length validates there, as one that knows it already must too
+        settling = self.config.settling_step
+        return (every > 0 and step // every * every > last) or step >= settling > last
 
     def _validate(self) -> dict[str, float]:
         begun = time.monotonic()
@@ -475,14 +417,15 @@ class _Run:
             eager = torch.compiler.set_stance("force_eager")
             with eager, self._averaged(), torch.no_grad():
                 metrics = self.task.validate(state.step, folder)
-            _cut_after(self.output_dir / "validation.jsonl", state.step - 1)
-            _append(self.output_dir / "validation.jsonl", {"step": state.step, **metrics})
+            cut_after(self.output_dir / "validation.jsonl", state.step - 1)
+            append_line(self.output_dir / "validation.jsonl", {"step": state.step, **metrics})
             if self.tensorboard is not None:
                 for name, value in metrics.items():
                     self.tensorboard.add_scalar(f"validation/{name}", value, state.step)
         state.last_validated = state.step
         state.validation_seconds = time.monotonic() - begun
         self.log_time += state.validation_seconds
+        self.length.paused += state.validation_seconds
         return metrics
 
     def _must_stop(self) -> bool:
@@ -523,42 +466,3 @@ class _Run:
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
     return {key: group[key] for key in ("weight_decay", "betas") if key in group}
-
-
-def _compile(task: Task, config: LoopConfig) -> None:
-    if config.compile == "off":
-        return
-    mode = None if config.compile_mode == "default" else config.compile_mode
-    for target in task.compile_targets():
-        regional: Any = getattr(target, "compile_repeated_blocks", None)
-        if config.compile == "regional" and regional is not None:
-            regional(mode=mode)
-        else:
-            target.compile(mode=mode)
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2))
-    os.replace(temporary, path)
-
-
-def _cut_after(path: Path, step: int) -> None:
-    """Drop lines of steps that will be made again, and a last line cut short by a kill."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)

@@ -283,8 +283,8 @@ class SeerTask(Task):
             "_class_name": "SeerPipeline",
             "_diffusers_version": diffusers.__version__,
             "vae": ["diffusers", "AutoencoderKL"],
-            "unet": [SeerUNetModel.__module__, SeerUNetModel.__name__],
-            "fstext": [FSTextDecomposer.__module__, FSTextDecomposer.__name__],
+            "unet": ["stvision", SeerUNetModel.__name__],
+            "fstext": ["stvision", FSTextDecomposer.__name__],
             "scheduler": ["diffusers", "DDIMScheduler"],
             "tokenizer": [None, None],
             "text_encoder": [None, None],
@@ -300,7 +300,7 @@ class SeerTask(Task):
         }
         scheduler = type(self.noising.scheduler)
         if not scheduler.__module__.startswith("diffusers"):
-            index["scheduler"] = [scheduler.__module__, scheduler.__name__]
+            index["scheduler"] = ["stvision", scheduler.__name__]
         if config.text.encoder == "minilm":
             index["text_model"] = "minilm"
         else:
@@ -414,6 +414,8 @@ def _initialise_fstext(
     loop = replace(
         config.loop,
         max_steps=config.fstext_init_steps,
+        target_seconds=None,
+        settled_steps=None,
         learning_rate=config.fstext_init_learning_rate,
         final_learning_rate=0.0,
         warmup_steps=min(config.loop.warmup_steps, config.fstext_init_steps // 10),

@@ -94,6 +94,8 @@ class TrainState:
         self.step = 0
         self.last_validated = 0
         self.validation_seconds = 0.0
+        #: steps in all, or None while they are not settled
+        self.max_steps: int | None = None
         #: sums of logged values since the last line of the log, and the steps in them
         self.running: dict[str, Tensor] = {}
         self.running_steps = 0
@@ -127,6 +129,7 @@ class TrainState:
         scaler = self.accelerator.scaler
         return {
             "step": self.step,
+            "max_steps": self.max_steps,
             "last_validated": self.last_validated,
             "validation_seconds": self.validation_seconds,
             "running_steps": self.running_steps,
@@ -170,6 +173,7 @@ class TrainState:
         device = accelerator.device
         self.running = {name: value.to(device) for name, value in local["running"].items()}
         self.step = counters["step"]
+        self.max_steps = counters["max_steps"]
         self.last_validated = counters["last_validated"]
         self.validation_seconds = counters["validation_seconds"]
         self.running_steps = counters["running_steps"]
