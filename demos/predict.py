@@ -1,89 +1,147 @@
 """Predict a video with the model that ships: one real frame and a sentence in, a film out.
 
     make demo
-    python demos/predict.py --prompt "close the drawer" --out outputs
+    python demos/predict.py --clip 3 --prompt "close the drawer"
+    python demos/predict.py --all
 
-Takes the first clip that ships with the project, shows its first frame(s) and a sentence to the
-model, and writes the prediction as mp4 and GIF, and a strip with the truth above the prediction.
+Shows the first frame of a clip that ships with the project, and its sentence, to the model, and
+writes the prediction as mp4 and GIF, and a strip with the truth above the prediction. With
+``--all``, every clip goes into one gallery of such strips.
 """
 
 import argparse
 import json
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import stvision
+
+if TYPE_CHECKING:
+    from stvision.io import Clip
 
 #: Clips that ship with the project: mp4 files and one JSON line each (path, caption, fps).
 SAMPLES = Path(stvision.__file__).parent / "samples"
 
 
-def sample(clip: Path | None) -> tuple[Path, str | None]:
-    """The clip to start from and its own sentence, if it is known."""
+@dataclass
+class Sample:
+    """A clip to start from and, when it is known, the sentence that tells what happens in it."""
+
+    path: Path
+    caption: str | None
+
+
+def shipped() -> list[Sample]:
+    """The clips of ``SAMPLES``, in the order of their index."""
     index = SAMPLES / "index.jsonl"
-    rows = [json.loads(line) for line in index.read_text().splitlines()] if index.is_file() else []
-    if clip is not None:
-        known = {(SAMPLES / row["path"]).resolve(): row["caption"] for row in rows}
-        return clip, known.get(clip.resolve())
-    if not rows:
+    if not index.is_file():
         raise FileNotFoundError(f"no clips ship with this installation (looked for {index})")
-    return SAMPLES / rows[0]["path"], rows[0]["caption"]
+    lines = [line for line in index.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [json.loads(line) for line in lines]
+    if not rows:
+        raise FileNotFoundError(f"no clips ship with this installation ({index} is empty)")
+    return [Sample(SAMPLES / row["path"], row["caption"]) for row in rows]
+
+
+def chosen(which: str | None) -> Sample:
+    """The first shipped clip, or the one of a number counted from 1, or a file of the user's."""
+    if which is not None and not which.isdigit():
+        path = Path(which)
+        if not path.exists():
+            raise FileNotFoundError(f"no clip at {which!r}; give a file, or a number for --clip")
+        same = [item for item in shipped() if item.path.resolve() == path.resolve()]
+        return same[0] if same else Sample(path, None)
+    samples = shipped()
+    number = 1 if which is None else int(which)
+    if not 1 <= number <= len(samples):
+        names = ", ".join(f"{n} {item.path.name}" for n, item in enumerate(samples, start=1))
+        raise ValueError(f"--clip must be a file or one of {names}; got {number}")
+    return samples[number - 1]
+
+
+def predict(pipe: Any, sample: Sample, prompt: str | None, options: argparse.Namespace) -> Any:
+    """The truth as the model sees it, and the prediction from its first frames."""
+    from stvision.io import as_clip, read_clip
+    from stvision.pipelines.conditioning import fitted_clip
+
+    prompt = prompt or sample.caption
+    if prompt is None:
+        raise ValueError(f"{sample.path} has no sentence of its own; give one with --prompt")
+    height, width, num_frames = pipe.default_size()
+    truth: Clip = as_clip(sample.path) if sample.path.is_dir() else read_clip(sample.path)
+    if len(truth) > num_frames:
+        truth = truth.sample_uniform(num_frames)
+    print(f"{sample.path.name}: {prompt!r}, {num_frames} frames of {height} x {width} pixels")
+    began = time.perf_counter()
+    output = pipe(
+        prompt,
+        replace(truth[: pipe.config.num_reference_frames], fps=truth.fps),
+        num_inference_steps=options.steps,
+        generator=options.seed,
+        output_type="pt",
+    )
+    print(f"predicted in {time.perf_counter() - began:.1f} s on {pipe.device}")
+    return fitted_clip(truth, height, width), output.clips()[0]
 
 
 def main() -> int:
+    """Read the words, predict, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--clip", type=Path, help="video to start from; its later frames are the truth"
+        "--clip", metavar="N|FILE", help="shipped clip by number (1 by default), or a video file"
     )
+    parser.add_argument("--all", action="store_true", help="predict every shipped clip")
     parser.add_argument("--prompt", help="what shall happen; the clip's own sentence by default")
     parser.add_argument("--model", default="default", help="pipeline folder or name")
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the results")
-    parser.add_argument("--steps", type=int, help="denoising steps")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    parser.add_argument("--steps", type=int, help="denoising steps; the model's own by default")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    parser.add_argument("--device", help="cpu, cuda, ...; a GPU when there is one")
+    options = parser.parse_args()
     try:
-        path, caption = sample(arguments.clip)
-        prompt = arguments.prompt or caption
-        if prompt is None:
-            raise ValueError(f"{path} has no sentence of its own; give one with --prompt")
-        predict(arguments, path, prompt)
-    except (FileNotFoundError, ImportError, ValueError) as error:
+        written = run(options)
+    except (OSError, ImportError, ValueError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("demo: interrupted", file=sys.stderr)
+        return 130
+    for path in written:
+        print(f"wrote {path}")
     return 0
 
 
-def predict(arguments: argparse.Namespace, path: Path, prompt: str) -> None:
-    """Load, predict, write."""
+def run(options: argparse.Namespace) -> list[Path]:
+    """Load the model, predict what was asked for, and return the files that were written."""
+    if options.all and options.clip is not None:
+        raise ValueError("--all takes every shipped clip; leave out --clip")
+    samples = shipped() if options.all else [chosen(options.clip)]
+
+    import torch
+
     from stvision.io import save_clip, write_strip
-    from stvision.pipelines.conditioning import fitted_clip, source_clip
     from stvision.pipelines.seer import SeerPipeline
 
     began = time.perf_counter()
-    pipe = SeerPipeline.from_pretrained(arguments.model)
-    loaded = time.perf_counter()
-    height, width, num_frames = pipe.default_size()
-    truth = source_clip(path, num_frames, fps=pipe.config.fps)
-    print(f"{path.name}: {prompt!r}, {num_frames} frames of {height} x {width} pixels")
-    output = pipe(
-        prompt,
-        truth,
-        num_inference_steps=arguments.steps,
-        fps=pipe.config.fps,
-        generator=arguments.seed,
-        output_type="pt",
-    )
-    done = time.perf_counter()
-    clip = output.clips()[0]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    save_clip(clip, arguments.out / "prediction.mp4")
-    save_clip(clip, arguments.out / "prediction.gif")
-    rows = [fitted_clip(truth, height, width), clip]
-    write_strip(rows, arguments.out / "prediction.png", labels=["truth", "prediction"])
-    for name in ("prediction.mp4", "prediction.gif", "prediction.png"):
-        print(f"wrote {arguments.out / name}")
-    print(f"loaded in {loaded - began:.1f} s, predicted in {done - loaded:.1f} s")
+    pipe = SeerPipeline.from_pretrained(options.model)
+    pipe.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"loaded {options.model} in {time.perf_counter() - began:.1f} s")
+    rows, labels = [], []
+    for sample in samples:
+        truth, prediction = predict(pipe, sample, options.prompt, options)
+        rows += [truth, prediction]
+        labels += [(sample.caption or "truth") if options.all else "truth", "prediction"]
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.all:
+        return [write_strip(rows, options.out / "predict_gallery.png", labels=labels)]
+    return [
+        save_clip(rows[1], options.out / "predict.mp4"),
+        save_clip(rows[1], options.out / "predict.gif"),
+        write_strip(rows, options.out / "predict_strip.png", labels=labels),
+    ]
 
 
 if __name__ == "__main__":

@@ -69,6 +69,9 @@ class Command:
     memory: str | None = None
     """Memory that may be used, such as "8GB"; picks offload, chunk sizes and precision."""
 
+    fast: bool = False
+    """Replay steps as CUDA graphs: worth it for long videos and small frames (GPU only)."""
+
     local_files_only: bool = False
     """Never ask the network for a model."""
 
@@ -89,14 +92,18 @@ def run(command: Command) -> int:
     if command.start < 0:
         raise ValueError(f"--start must be at least 0 seconds, got {command.start}")
 
+    import torch
+
+    device = torch.device(command.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if command.fast and device.type != "cuda":
+        raise ValueError(f"--fast replays CUDA graphs and needs a CUDA device; this is {device}")
+
     from stvision.pipelines.seer import SeerPipeline
 
     # Sizes are checked before any weight is loaded.
     hub = {"local_files_only": True} if command.local_files_only else {}
     if command.size is not None:
         SeerPipeline.size_rules(command.model, **hub).check(*command.size)
-
-    import torch
 
     from stvision.pipelines.conditioning import source_clip
 
@@ -105,7 +112,9 @@ def run(command: Command) -> int:
         command.model, dtype=getattr(torch, command.dtype), **hub
     )
     pipeline.set_progress_bar_config(disable=command.quiet or command.json)
-    device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if command.fast:
+        pipeline.to(device)
+        pipeline.enable_fast()
     if command.memory is not None:
         plan = pipeline.fit_memory(command.memory, device=device, verbose=not command.json)
     else:

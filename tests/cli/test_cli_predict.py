@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -86,6 +87,7 @@ def test_seed_sentence_and_start_matter(model, clip, tmp_path):
         (["--model", "./nowhere/at/all"], "no pipeline folder at"),
         (["--start", "-1"], "--start must be at least 0"),
         (["--start", "99"], "past the end of the clip"),
+        (["--fast", "--device", "cpu"], "--fast replays CUDA graphs and needs a CUDA device"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(model, clip, capsys, words, message):
@@ -103,7 +105,15 @@ def test_a_missing_source_is_named(model, capsys):
 def test_help_names_every_option(capsys):
     assert predict("--help") == 0
     text = capsys.readouterr().out
-    for option in ("--prompt", "--guidance", "--steps", "--seed", "--negative-prompt", "--memory"):
+    for option in (
+        "--prompt",
+        "--guidance",
+        "--steps",
+        "--seed",
+        "--negative-prompt",
+        "--memory",
+        "--fast",
+    ):
         assert option in text
 
 
@@ -115,19 +125,98 @@ def load_demo():
     return module
 
 
-def test_the_demo_writes_three_files(model, clip, tmp_path, monkeypatch):
-    demo = load_demo()
-    words = ["predict.py", "--clip", clip, "--prompt", "open", "--model", model, "--out", tmp_path]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-    assert demo.main() == 0
-    assert {item.name for item in tmp_path.iterdir()} == {
-        "prediction.mp4", "prediction.gif", "prediction.png",
+@pytest.fixture
+def demo(model, tmp_path, monkeypatch):
+    """Call the demo with the tiny model and two shipped clips; its files go to ``tmp_path/new``."""
+    module = load_demo()
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    lines = []
+    for name, color in (("first", 0.2), ("second", 0.8)):
+        frames = torch.rand(5, 16, 16, 3, generator=torch.Generator().manual_seed(1)) * color
+        save_clip(Clip.from_frames(frames, fps=12.5), samples / f"{name}.mp4")
+        lines.append(json.dumps({"path": f"{name}.mp4", "caption": "open the drawer", "fps": 12.5}))
+    (samples / "index.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(module, "SAMPLES", samples)
+
+    def call(*words, known=True):
+        given = ["predict.py", "--out", tmp_path / "new", "--device", "cpu", *words]
+        given += ["--model", model] if known else []
+        monkeypatch.setattr(sys, "argv", [str(word) for word in given])
+        return module.main()
+
+    call.module, call.out = module, tmp_path / "new"
+    return call
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def test_the_demo_writes_film_picture_and_strip(demo, capsys):
+    assert demo() == 0
+    assert {item.name for item in demo.out.iterdir()} == {
+        "predict.mp4", "predict.gif", "predict_strip.png",
     }  # fmt: skip
+    made = read_clip(demo.out / "predict.mp4")
+    assert len(made) == 5 and made.fps == pytest.approx(12.5)
+    said = capsys.readouterr().out
+    assert "predicted in" in said and str(demo.out / "predict_strip.png") in said
+    assert "first.mp4: 'open the drawer'" in said
 
 
-def test_the_demo_without_clips_says_so(tmp_path, monkeypatch, capsys):
-    demo = load_demo()
-    monkeypatch.setattr(demo, "SAMPLES", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["predict.py"])
-    assert demo.main() == 2
+def test_the_strip_shows_the_truth_above_the_prediction(demo):
+    assert demo() == 0
+    strip = pixels(demo.out / "predict_strip.png")
+    truth = read_clip(demo.module.SAMPLES / "first.mp4").frames.numpy().astype(int)
+    # Frames of 16 pixels with gaps of 2, the last one at the right edge.
+    for frame in range(5):
+        right = strip.shape[1] - 2 - (4 - frame) * 18
+        shown = strip[2:18, right - 16 : right]
+        assert abs(shown - truth[frame]).max() <= 1
+    pipe = tiny_seer_pipeline(height=16, width=16)
+    made = pipe("open the drawer", truth.astype(np.uint8)[:2], generator=0, output_type="np").frames
+    below = strip[20:36, -18:-2]
+    assert abs(below - made[0, 4] * 255).max() < 2
+
+
+def test_the_demo_takes_other_clips_and_sentences(demo, clip, capsys):
+    assert demo("--clip", 2) == 0
+    second = pixels(demo.out / "predict_strip.png")
+    assert demo("--clip", 1) == 0
+    assert abs(second - pixels(demo.out / "predict_strip.png")).max() > 20
+    capsys.readouterr()
+    # A file of the user's: its frames are spread over the model's window.
+    assert demo("--clip", clip, "--prompt", "push the red cup") == 0
+    assert "real.mp4: 'push the red cup', 5 frames of 16 x 16" in capsys.readouterr().out
+    assert demo("--clip", clip) == 2
+    assert "give one with --prompt" in capsys.readouterr().err
+    assert demo("--clip", 3) == 2
+    assert "1 first.mp4, 2 second.mp4; got 3" in capsys.readouterr().err
+    assert demo("--clip", "absent.mp4") == 2
+    assert "no clip at 'absent.mp4'" in capsys.readouterr().err
+
+
+def test_the_demo_shows_all_clips_in_one_gallery(demo, capsys):
+    assert demo("--all") == 0
+    assert [item.name for item in demo.out.iterdir()] == ["predict_gallery.png"]
+    gallery = pixels(demo.out / "predict_gallery.png")
+    assert gallery.shape[0] == 4 * 18 + 2
+    assert demo("--all", "--clip", 1) == 2
+    assert "leave out --clip" in capsys.readouterr().err
+    assert demo("--clip", 2) == 0  # its rows of the gallery are those of its own strip
+    own = pixels(demo.out / "predict_strip.png")
+    assert (gallery[38:, -80:] == own[2:, -80:]).all()
+
+
+def test_the_demo_without_clips_or_weights_says_so(demo, tmp_path, monkeypatch, capsys):
+    import stvision
+
+    monkeypatch.setattr(stvision, "__file__", str(tmp_path / "__init__.py"))
+    assert demo(known=False) == 2
+    error = capsys.readouterr().err
+    assert "'default' are not part of this installation" in error and "Traceback" not in error
+    monkeypatch.setattr(demo.module, "SAMPLES", tmp_path / "nowhere")
+    assert demo() == 2
     assert "no clips ship with this installation" in capsys.readouterr().err
+    assert not demo.out.exists()
