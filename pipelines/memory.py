@@ -10,7 +10,7 @@ import resource
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -95,9 +95,14 @@ def activation_bytes(run: Callable[[Callable[..., Tensor]], object]) -> int:
     Args:
         run: called with ``zeros(*shape, dtype=...)``, which makes fake inputs on the CPU; whatever
             it computes with them and with real modules (whose weights are not counted) is summed.
+
+    Neither gradients nor inference mode nor autocast around the call change the count.
     """
     with (
+        torch.inference_mode(False),
         torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext(),
         FakeTensorMode(allow_non_fake_inputs=True),
         _LiveBytes() as counter,
     ):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from stvision.models.fast import enable_fast
 from stvision.pipelines.results import OUTPUT_TYPES, VideoOutput
 
 
@@ -178,6 +179,28 @@ class PipelineContract:
         kept, read = (json.loads(item.to_json_string()) for item in (pipe, loaded))
         assert {**kept, "_name_or_path": None} == {**read, "_name_or_path": None}
 
+    def test_a_folder_names_our_classes_by_the_package_alone(self, pipe, tmp_path):
+        expected = self.video(pipe)
+        pipe.save_pretrained(tmp_path)
+        path = tmp_path / "model_index.json"
+        index = json.loads(path.read_text())
+        ours = {}
+        for name, component in pipe.components.items():
+            module = type(component).__module__
+            if module.startswith("stvision."):
+                ours[name] = [module, type(component).__name__]
+                assert index[name] == ["stvision", type(component).__name__]
+        assert ours
+        # Folders that name the module instead, as diffusers does by itself, load as well.
+        path.write_text(json.dumps({**index, **ours}))
+        loaded = type(pipe).from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        assert torch.equal(self.video(loaded), expected)
+        loaded.save_pretrained(tmp_path)
+        assert {**json.loads(path.read_text()), "_name_or_path": None} == {
+            **index, "_name_or_path": None,
+        }  # fmt: skip
+
     def test_diffusers_finds_the_class_of_a_saved_folder(self, pipe, tmp_path):
         expected = self.video(pipe)
         pipe.save_pretrained(tmp_path)
@@ -199,6 +222,16 @@ class PipelineContract:
         assert kind.from_pretrained(tmp_path, dtype=torch.float16).dtype == torch.float16
         assert kind.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
         assert kind.from_pretrained(tmp_path).dtype == torch.float32
+
+    def test_the_older_name_of_dtype_works_without_a_warning(self, pipe, tmp_path, recwarn, caplog):
+        pipe.save_pretrained(tmp_path)
+        kind = type(pipe)
+        for name in ("dtype", "torch_dtype"):
+            assert kind.from_pretrained(tmp_path, **{name: torch.bfloat16}).dtype == torch.bfloat16
+        said = [str(item.message) for item in recwarn] + caplog.messages
+        assert not [text for text in said if "torch_dtype" in text]
+        with pytest.raises(ValueError, match="give only dtype"):
+            kind.from_pretrained(tmp_path, dtype=torch.float32, torch_dtype=torch.float32)
 
     def test_nothing_asks_the_network(self, pipe, tmp_path, monkeypatch):
         def refuse(*_, **__):
@@ -270,6 +303,56 @@ class PipelineContract:
         assert (pipe.vae_chunk, pipe.batch_guidance, pipe.dtype) == before
         halved = pipe.fit_memory(int(tight.peak_bytes * 0.7), device="cpu", verbose=False)
         assert halved.dtype == torch.bfloat16 == pipe.dtype
+
+    # -- fast mode --------------------------------------------------------------------------------
+
+    def test_fast_mode_needs_a_cuda_device(self, pipe):
+        with pytest.raises(
+            RuntimeError, match="needs the pipeline on a CUDA device; it is on 'cpu'"
+        ):
+            pipe.enable_fast()
+        assert not pipe.is_fast
+        pipe.disable_fast()  # nothing to do
+
+    def test_fast_mode_and_offload_exclude_each_other(self, pipe, monkeypatch):
+        layer = next(pipe._denoiser.children())
+        layer._hf_hook = object()
+        with pytest.raises(RuntimeError, match="fast mode and CPU offload exclude each other"):
+            pipe.enable_fast()
+        del layer._hf_hook
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        expected = self.video(pipe)
+        enable_fast(pipe._denoiser)
+        assert pipe.is_fast
+        for switch in (pipe.enable_model_cpu_offload, pipe.enable_sequential_cpu_offload):
+            with pytest.raises(RuntimeError, match=r"call disable_fast\(\) first"):
+                switch(device="cpu")
+        # What lies on the CPU takes the plain pass meanwhile.
+        assert torch.equal(self.video(pipe), expected)
+        pipe.disable_fast()
+        assert not pipe.is_fast
+
+    @pytest.mark.gpu
+    def test_fast_mode_shows_the_same_video(self, pipe):
+        pipe.to("cuda")
+        plain = [self.video(pipe, generator=seed, num_inference_steps=3) for seed in (1, 2)]
+        written_out = self.video(pipe, generator=1, num_inference_steps=3, attention_backend="math")
+        pipe.enable_fast()
+        for seed, expected in zip((1, 2), plain, strict=True):
+            replayed = self.video(pipe, generator=seed, num_inference_steps=3)
+            torch.testing.assert_close(replayed, expected, atol=2e-5, rtol=0)
+        forward = pipe._denoiser.forward
+        self.video(pipe, generator=5, num_inference_steps=7)
+        assert len(forward._captures) == 1, "other seeds and step counts replay the same capture"
+        other = self.video(pipe, generator=1, num_inference_steps=3, attention_backend="math")
+        assert len(forward._captures) == 2
+        torch.testing.assert_close(other, written_out, atol=2e-5, rtol=0)
+        pipe.to(torch.bfloat16)
+        rough = self.video(pipe, generator=1, num_inference_steps=3)
+        pipe.disable_fast()
+        torch.testing.assert_close(
+            rough, self.video(pipe, generator=1, num_inference_steps=3), atol=2e-2, rtol=0
+        )
 
     # -- callbacks ------------------------------------------------------------------------------
 

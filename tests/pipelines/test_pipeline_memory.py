@@ -1,5 +1,7 @@
 """Counting what a computation needs, against computations whose needs are known."""
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -52,11 +54,61 @@ def test_kept_tensors_add_up_and_views_do_not():
     assert activation_bytes(in_place) == 4000
 
 
-def test_weights_do_not_count_and_needs_scale_with_the_batch():
+@contextmanager
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def doubles_by_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        nullcontext,
+        torch.enable_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        two_threads,
+        doubles_by_default,
+    ],
+    ids=["plain", "grad", "inference", "autocast", "threads", "doubles"],
+)
+def test_weights_do_not_count_and_needs_scale_with_the_batch(around):
     net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8))
-    one, four = (activation_bytes(lambda zeros, b=b: net(zeros(b, 64))) for b in (1, 4))
+
+    def need(batch):
+        return activation_bytes(lambda zeros: net(zeros(batch, 64, dtype=torch.float32)))
+
+    with around():
+        one, four = need(1), need(4)
+    # The input, and the first layer's output before and after the rectifier.
     assert one == 4 * (64 + 2 * 256) and four == 4 * one
     assert next(net.parameters()).device.type == "cpu" and bool(torch.isfinite(net[0].weight).all())
+    assert need(1) == one
+
+
+def test_views_of_weights_do_not_count():
+    weight = nn.Parameter(torch.randn(64, 256))
+
+    def run(zeros):
+        x = zeros(1, 64)
+        views = [weight.t(), weight[:10], weight.view(-1), weight.detach(), weight.transpose(0, 1)]
+        return x, views, weight.reshape(128, 128), weight.to(torch.float32)
+
+    assert activation_bytes(run) == 4 * 64
+    assert activation_bytes(lambda zeros: weight.double()) == 8 * weight.numel()
 
 
 def test_weight_bytes():

@@ -96,6 +96,16 @@ def test_only_the_first_frames_are_references(pipe):
         predict(pipe, num_reference_frames=3)
 
 
+def test_longer_clips_may_differ_in_length(pipe):
+    long, longer = clips(1, frames=3)[0], clips(1, frames=7, seed=1)[0]
+    output = predict(pipe, frames=[long, longer], generator=[3, 3])
+    for index, clip in enumerate((long, longer)):
+        alone = predict(pipe, frames=clip[:2]).frames[0]
+        torch.testing.assert_close(output.frames[index], alone, atol=2e-4, rtol=0)
+    one = predict(pipe, frames=[long[:1], longer], num_reference_frames=1)
+    assert one.frames.shape[:2] == (2, 5)
+
+
 def test_other_shapes_are_covered_and_cut_in_the_middle():
     frames = torch.zeros(1, 10, 40, 3)
     frames[:, :, 15:25] = 1.0  # the middle square is white
@@ -208,6 +218,59 @@ def test_a_sentence_per_time_span(pipe):
     torch.testing.assert_close(constant.frames, predict(pipe).frames, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="begins at 0"):
         predict(pipe, prompt={1.0: "open"})
+
+
+def test_one_prompt_serves_all_clips_and_one_clip_all_prompts(pipe):
+    both = clips(2)
+    tolerance = {"atol": 2e-4, "rtol": 0}
+    wide = predict(pipe, frames=both, generator=[3, 3])
+    for index in range(2):
+        torch.testing.assert_close(
+            wide.frames[index], predict(pipe, frames=both[index]).frames[0], **tolerance
+        )
+    texts = predict(pipe, prompt=PROMPTS[:2], generator=[3, 3], negative_prompt=["red", "blue"])
+    for index, negative in enumerate(["red", "blue"]):
+        alone = predict(pipe, prompt=PROMPTS[index], negative_prompt=negative)
+        torch.testing.assert_close(texts.frames[index], alone.frames[0], **tolerance)
+    mixed = predict(pipe, prompt=["open the drawer", {0: "push", 0.5: "open the drawer"}],
+                    frames=both, generator=[3, 4], num_videos_per_prompt=1)  # fmt: skip
+    torch.testing.assert_close(mixed.frames[0], wide.frames[0], **tolerance)
+
+
+def test_embeddings_are_spread_like_sentences(pipe):
+    states = pipe.encode_prompt(PROMPTS[:2])
+    expected = predict(
+        pipe, prompt=PROMPTS[:2], num_videos_per_prompt=2, generator=[1, 2, 3, 4],
+        negative_prompt=["red", "blue"],
+    )  # fmt: skip
+    given = predict(
+        pipe, prompt=None, prompt_embeds=states, num_videos_per_prompt=2, generator=[1, 2, 3, 4],
+        negative_prompt_embeds=pipe.encode_prompt(["red", "blue"]),
+    )  # fmt: skip
+    torch.testing.assert_close(given.frames, expected.frames, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"negative_prompt_embeds must be \(B, L, D\), got \(8,"):
+        predict(pipe, negative_prompt_embeds=states[0, :, :])
+
+
+def test_time_spans_of_each_video_count_at_its_own_rate(pipe):
+    seen = {}
+
+    def callback(pipeline, step, timestep, tensors):
+        seen.update(tensors)
+        return {}
+
+    slow, quick = clips(1)[0], Clip.from_frames(clips(1)[0].frames, fps=8.0)
+    spans = {0: "open the drawer", 0.25: "push the cup", 0.5: "close the door"}
+    predict(
+        pipe, prompt=spans, frames=[slow, quick], generator=[1, 2], callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )  # fmt: skip
+    with torch.no_grad():
+        states = pipe.fstext(pipe.encode_prompt(list(spans.values())), 5)
+    frames = torch.arange(5)
+    for video, which in enumerate([[0, 1, 2, 2, 2], [0, 0, 1, 1, 2]]):
+        expected = states[torch.tensor(which), frames]
+        torch.testing.assert_close(seen["prompt_embeds"][video], expected, atol=1e-6, rtol=0)
 
 
 # -- noise and schedules ------------------------------------------------------------------------
@@ -348,6 +411,19 @@ def test_drift_measures_brightness_and_colour():
     )
 
 
+def test_latents_of_windows_of_three_frames_are_joined_along_time(pipe):
+    # Three frames look like three channels.
+    options = {"frames": clips(1, frames=1)[0], "window": 3, "num_frames": 5}
+    latents = predict(pipe, **options, output_type="latent")
+    assert latents.frames.shape == (1, 4, 5, 8, 8)
+    with torch.no_grad():
+        decoded = (pipe.decode(latents.frames).transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(decoded, predict(pipe, **options).frames, atol=1e-5, rtol=0)
+    three = predict(pipe, **{**options, "num_frames": 3}, output_type="latent")
+    with pytest.raises(ValueError, match="latents are no pictures"):
+        three.clips()
+
+
 # -- inputs that do not go together ---------------------------------------------------------------
 
 
@@ -359,6 +435,13 @@ def test_drift_measures_brightness_and_colour():
         ({"prompt": [3]}, "a prompt is a sentence or a mapping"),
         ({"image": Image.new("RGB", (16, 16))}, "give either frames .* or image"),
         ({"prompt": ["a", "b", "c"], "frames": clips(2)}, "frames holds 2 entries for 3 videos"),
+        (
+            {"frames": [clips(1)[0], clips(1, frames=1)[0]]},
+            r"have \[2, 1\] frames of the 2 .* give num_reference_frames=1",
+        ),
+        ({"prompt": {"soon": "open"}}, "mapping from seconds to sentences"),
+        ({"negative_prompt": [3]}, "negative_prompt must be a sentence or a list"),
+        ({"frames": []}, "an empty list holds no frames"),
         ({"generator": [1, 2, 3]}, "3 entries for a batch of 1"),
         ({"attention_backend": "fast"}, "attention backend must be one of"),
         ({"fps": 0}, "fps must be positive"),
