@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +29,7 @@ from stvision.train.checkpoint import clean, complete_checkpoints
 from stvision.train.compilation import compile_networks
 from stvision.train.ema import EMA
 from stvision.train.folders import replaced_folder
+from stvision.train.graphed import GraphedStep
 from stvision.train.length import Length
 from stvision.train.log import append_line, cut_after, tensorboard_writer
 from stvision.train.options import LoopConfig, learning_rate_factor
@@ -183,7 +184,8 @@ class _Run:
             weight_decay=config.weight_decay,
             fused=device.type == "cuda",
         )
-        self.replays_graphs = config.compile != "off" and config.compile_mode == "reduce-overhead"
+        compiled_graphs = config.compile != "off" and config.compile_mode == "reduce-overhead"
+        self.replays_graphs = config.cuda_graphs or compiled_graphs
         compile_networks(task.compile_targets(), config)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.state = TrainState(self.accelerator, model, optimizer, self.ema, source)
@@ -193,6 +195,24 @@ class _Run:
             for group in self.groups:
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
+        self._forward_backward: Callable[[dict[str, Any]], dict[str, Tensor]]
+        self._forward_backward = self._plain_forward_backward
+        if config.cuda_graphs:
+            if self.accelerator.num_processes > 1:
+                raise ValueError(
+                    "cuda_graphs=True captures one process; train several with compile='whole'"
+                )
+            self._forward_backward = GraphedStep(
+                lambda **inputs: self.model(**inputs), self._backward, model
+            )
+
+    def _backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss / self.config.gradient_accumulation_steps)
+
+    def _plain_forward_backward(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        values = self.model(**inputs)
+        self._backward(values["loss"])
+        return values
 
     # -- the story -------------------------------------------------------------------------
 
@@ -272,8 +292,7 @@ class _Run:
                 torch.compiler.cudagraph_mark_step_begin()
             last = micro == accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                values = self.model(**inputs)
-                self.accelerator.backward(values["loss"] / accumulation)
+                values = self._forward_backward(inputs)
             for name, value in values.items():
                 self._add(name, value.detach().float() / accumulation)
         if config.max_grad_norm is not None:

@@ -46,6 +46,9 @@ class LoopConfig:
     ready sooner, whole networks make faster steps."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
     """Mode of torch.compile; "reduce-overhead" replays CUDA graphs."""
+    cuda_graphs: bool = False
+    """Replay forward and backward of a step as one CUDA graph: for small networks on a large GPU,
+    which wait for the host otherwise. Ready after a few steps; one process, one shape of batch."""
     deterministic: bool = False
     """Refuse operators whose result may differ between two runs on a GPU."""
     log_every: int = 20
@@ -88,6 +91,10 @@ class LoopConfig:
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.cuda_graphs and self.compile != "off" and self.compile_mode == "reduce-overhead":
+            raise ValueError(
+                "cuda_graphs=True and compile_mode='reduce-overhead' both capture graphs: choose one"
+            )
         if self.max_seconds is not None and self.max_seconds <= self.reserve_seconds:
             raise ValueError(
                 f"max_seconds={self.max_seconds} must exceed reserve_seconds="
