@@ -7,10 +7,13 @@ keyframes say where decoding may begin. The file's frame rate enters nowhere.
 from __future__ import annotations
 
 import itertools
-import warnings
+import os
+import threading
 from bisect import bisect_right
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import av
@@ -22,7 +25,7 @@ try:  # PyAV before 16 reads and drops the other streams' packets
 except ImportError:
     Discard = None  # type: ignore[assignment,misc]
 
-from stvision.io.source import as_openable, check_exists, describe
+from stvision.io.source import as_openable, check_exists, describe, is_file_object, is_url
 
 
 @dataclass
@@ -39,7 +42,10 @@ class FrameIndex:
             reading always begins at the first.
         codec: name of the codec, such as "h264".
         rate: mean frames per second, None for one frame.
-        truncated: the file ends before the frames that it announces.
+        truncated: the file ends before the frames that it announces, or holds packets that its
+            demuxer calls corrupt.
+        announced: how many frames the file claims to hold, 0 where it does not say.
+        first: (pts, dts, size) of the first packet, by which a rewound demuxer is recognised.
     """
 
     pts: list[int]
@@ -50,13 +56,20 @@ class FrameIndex:
     rate: float | None
     counted: bool = False
     truncated: bool = False
+    announced: int = 0
     audio_streams: int = 0
+    first: tuple[int | None, int | None, int] = (None, None, 0)
     times: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         # One rounding: the product of two exact integers divided once.
         ticks = torch.tensor(self.pts, dtype=torch.float64) * self.time_base.numerator
         self.times = ticks / self.time_base.denominator
+
+    @cached_property
+    def rank(self) -> dict[int, int]:
+        """Frame number of each presentation time."""
+        return {pts: number for number, pts in enumerate(self.pts)}
 
     def keyframe_for(self, position: int) -> int:
         """Number of the last keyframe shown at or before frame ``position``."""
@@ -109,68 +122,205 @@ def _is_cover(stream: Any) -> bool:
 
 
 def build_index(source: Any) -> FrameIndex:
-    """Read the packets of ``source`` once and sort their presentation times.
-
-    Warns:
-        UserWarning: the file is truncated; the sentence holds its name and how many frames of
-            how many are left.
+    """The index of ``source``, which is opened for it unless the index is still in memory.
 
     Raises:
-        FileNotFoundError, ValueError: as ``open_container`` and ``video_stream``; also when the
-            video stream holds no frames.
+        FileNotFoundError, ValueError: as ``open_container``, ``video_stream`` and ``read_index``.
+    """
+    index = recall(source)
+    if index is None:
+        key = file_key(source)
+        with open_container(source) as container:
+            index = read_index(container, video_stream(container, source), source)
+        remember(key, index)
+    return index
+
+
+def read_index(container: Any, stream: Any, source: Any) -> FrameIndex:
+    """Read the packets of a freshly opened container once and sort their presentation times.
+
+    The container stands at its end afterwards. Where ``counted`` or ``truncated`` came out true,
+    ``source`` was opened a second time, which moves a file object under the first container.
+
+    Raises:
+        ValueError: the video stream holds no frames that can be read.
     """
     name = describe(source)
-    with open_container(source) as container:
-        stream = video_stream(container, source)
-        ignore_others(container, stream)
-        codec = stream.codec_context.codec.canonical_name
-        packets: list[tuple[int | None, int, bool]] = []
-        damaged = 0
-        last_end = 0
-        try:
-            for packet in container.demux(stream):
-                if packet.size == 0 or packet.is_discard or _is_hidden(codec, packet):
-                    continue
-                if packet.is_corrupt:
-                    damaged += 1
-                    continue
-                dts = packet.dts if packet.dts is not None else packet.pts
-                packets.append((packet.pts, 0 if dts is None else dts, packet.is_keyframe))
-                if packet.pts is not None:
-                    last_end = max(last_end, packet.pts + (packet.duration or 0))
-        except av.FFmpegError:
-            damaged += 1
-        if not packets:
-            raise ValueError(f"{name}: the video stream holds no frames that can be read")
-        time_base = stream.time_base or Fraction(1, 1)
-        announced = stream.frames or 0
-        missing = max(announced - len(packets), 0) if damaged or announced else 0
-        truncated = damaged > 0 or missing > 0 or _ends_early(stream, last_end, time_base)
-        rate = float(stream.average_rate) if stream.average_rate else None
-        sounds = len(container.streams.audio)
+    ignore_others(container, stream)
+    codec = stream.codec_context.codec.canonical_name
+    packets: list[tuple[int | None, int, bool]] = []
+    first: tuple[int | None, int | None, int] | None = None
+    damaged = 0
+    last_end = 0
+    try:
+        for packet in container.demux(stream):
+            if first is None:
+                first = (packet.pts, packet.dts, packet.size)
+            if packet.size == 0 or packet.is_discard or _is_hidden(codec, packet):
+                continue
+            if packet.is_corrupt:
+                damaged += 1
+                continue
+            pts, dts = packet.pts, packet.dts
+            if dts is None:
+                dts = 0 if pts is None else pts
+            packets.append((pts, dts, packet.is_keyframe))
+            if pts is not None:
+                last_end = max(last_end, pts + (packet.duration or 0))
+    except av.FFmpegError:
+        damaged += 1
+    if not packets:
+        raise ValueError(f"{name}: the video stream holds no frames that can be read")
+    time_base = stream.time_base or Fraction(1, 1)
+    announced = stream.frames or 0
+    missing = announced > len(packets)
+    truncated = damaged > 0 or missing or _ends_early(stream, last_end, time_base)
+    rate = float(stream.average_rate) if stream.average_rate else None
 
     ticks = [pts for pts, _, _ in packets]
-    if any(pts is None for pts in ticks) or len(set(ticks)) < len(ticks):
-        index = _count_frames(source, codec, rate)
-        index.audio_streams = sounds
-    else:
+    usable = None not in ticks and len(set(ticks)) == len(ticks)
+    if usable:
         packets.sort(key=lambda packet: packet[0] or 0)
-        pts = [packet[0] or 0 for packet in packets]
-        keyframes = [i for i, packet in enumerate(packets) if packet[2]]
-        seek_to = [(pts[i], packets[i][1]) for i in keyframes]
-        index = FrameIndex(pts, time_base, keyframes, seek_to, codec, None)
-        index.audio_streams = sounds
-        index.rate = _mean_rate(index.times, rate)
-        if not keyframes:  # a stream of recovery points only: decoding begins at its start
-            index.keyframes, index.seek_to = [0], [(pts[0], packets[0][1])]
-    index.truncated = truncated
-    if truncated:
-        total = f" of {announced}" if announced > len(index.pts) else ""
-        warnings.warn(
-            f"{name}: the file is truncated or damaged; {len(index.pts)}{total} frames can be read",
-            stacklevel=2,
-        )
+        if truncated:
+            packets = _decodable(source, packets)
+    if usable and packets:
+        index = _sorted_index(packets, time_base, codec, rate)
+    else:
+        index = _count_frames(source, codec, rate)
+    index.audio_streams = len(container.streams.audio)
+    index.truncated, index.announced = truncated, announced
+    index.first = first or index.first
     return index
+
+
+def _sorted_index(
+    packets: list[tuple[int | None, int, bool]],
+    time_base: Fraction,
+    codec: str,
+    rate: float | None,
+) -> FrameIndex:
+    pts = [packet[0] or 0 for packet in packets]
+    keyframes = [i for i, packet in enumerate(packets) if packet[2]]
+    if not keyframes:  # a stream of recovery points only: decoding begins at its start
+        keyframes = [0]
+    seek_to = [(pts[i], packets[i][1]) for i in keyframes]
+    index = FrameIndex(pts, time_base, keyframes, seek_to, codec, None)
+    index.rate = _mean_rate(index.times, rate)
+    return index
+
+
+def _decodable(
+    source: Any, packets: list[tuple[int | None, int, bool]]
+) -> list[tuple[int | None, int, bool]]:
+    """The sorted packets of a cut file without those at its end whose frames do not decode.
+
+    Only what follows the last keyframe but one can have lost what it refers to, so only that is
+    decoded. Empty where frames do not leave the decoder in the order of the packets' times, which
+    then say nothing (H.264 in AVI without its index).
+
+    Raises:
+        ValueError: no frame decodes.
+    """
+    keyframes = [i for i, packet in enumerate(packets) if packet[2]]
+    for start in (keyframes[-2] if len(keyframes) > 1 else 0, 0):
+        shown: list[int | None] = []
+        with open_container(source) as container:
+            stream = video_stream(container, source)
+            ignore_others(container, stream)
+            stream.codec_context.thread_count = 1  # threads lose sound frames beside broken ones
+            if start:
+                container.seek(packets[start][0] or 0, stream=stream, backward=True)
+            for packet in sound_packets(container, stream):
+                try:
+                    shown += [frame.pts for frame in packet.decode() if not frame.is_corrupt]
+                except av.FFmpegError:
+                    continue
+        if any(a is None or b is None or a >= b for a, b in itertools.pairwise(shown)):
+            return []
+        decoded = set(shown)
+        if packets[start][0] in decoded:  # else the seek went astray
+            break
+    kept = [p for i, p in enumerate(packets) if i < start or p[0] in decoded]
+    if not kept:
+        raise ValueError(
+            f"{describe(source)}: not one of {len(packets)} frames can be decoded; the file is "
+            "truncated or damaged"
+        )
+    return kept
+
+
+def sound_packets(container: Any, stream: Any) -> Any:
+    """Packets that are whole, then the empty one that drains the decoder, whatever happens."""
+    drained = False
+    try:
+        for packet in container.demux(stream):
+            if not packet.is_corrupt:
+                drained = packet.size == 0
+                yield packet
+    except av.FFmpegError:
+        if not drained:
+            last = av.Packet()
+            last.stream = stream
+            yield last
+
+
+# -- indexes of files read before ----------------------------------------------------------------
+
+CACHED_FRAMES = 100_000  # about 150 bytes a frame: 15 MB at most, in each process
+_cache: OrderedDict[tuple[Any, ...], FrameIndex] = OrderedDict()
+_cached = 0  # frames in it
+_cache_lock = threading.Lock()
+
+
+def file_key(source: Any) -> tuple[Any, ...] | None:
+    """What identifies a file and its content; None for bytes, file objects and URLs."""
+    if isinstance(source, bytes | bytearray | memoryview) or is_file_object(source):
+        return None
+    if is_url(source):
+        return None
+    try:
+        status = os.stat(source)
+    except OSError:
+        return None
+    path = os.path.abspath(os.fspath(source))
+    return path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def recall(source: Any) -> FrameIndex | None:
+    """The index of a file that this process has read before and that has not changed since."""
+    key = file_key(source)
+    if key is None:
+        return None
+    with _cache_lock:
+        index = _cache.get(key)
+        if index is not None:
+            _cache.move_to_end(key)
+    return index
+
+
+def remember(key: tuple[Any, ...] | None, index: FrameIndex) -> None:
+    """Keep an index; the ones not used for longest make room.
+
+    ``key`` is taken before the file is read: a file that changes meanwhile is then not found.
+    Truncated files are not kept, since they may be growing.
+    """
+    if key is None or index.truncated or len(index.pts) > CACHED_FRAMES // 4:
+        return
+    global _cached
+    with _cache_lock:
+        former = _cache.pop(key, None)
+        _cached += len(index.pts) - (len(former.pts) if former is not None else 0)
+        _cache[key] = index
+        while _cached > CACHED_FRAMES:
+            _cached -= len(_cache.popitem(last=False)[1].pts)
+
+
+def forget_indexes() -> None:
+    """Drop every index kept."""
+    global _cached
+    with _cache_lock:
+        _cache.clear()
+        _cached = 0
 
 
 def ignore_others(container: Any, stream: Any) -> None:
@@ -215,13 +365,17 @@ def _count_frames(source: Any, codec: str, rate: float | None) -> FrameIndex:
     pts: list[int] = []
     with open_container(source) as container:
         stream = video_stream(container, source)
-        stream.thread_type = "AUTO"
+        ignore_others(container, stream)
+        stream.codec_context.thread_count = 1  # threads lose sound frames beside broken ones
         time_base = stream.time_base or Fraction(1, 1)
-        try:
-            pts = [-1 if frame.pts is None else frame.pts for frame in container.decode(stream)]
-        except av.FFmpegError as error:
-            if not pts:
-                raise ValueError(f"{describe(source)}: no frame can be decoded ({error})") from None
+        fault: Exception | None = None
+        for packet in sound_packets(container, stream):
+            try:
+                pts += [-1 if frame.pts is None else frame.pts for frame in packet.decode()]
+            except av.FFmpegError as error:
+                fault = error
+    if not pts and fault is not None:
+        raise ValueError(f"{describe(source)}: no frame can be decoded ({fault})")
     if not pts:
         raise ValueError(f"{describe(source)}: the video stream holds no frames")
     if any(a >= b for a, b in itertools.pairwise(pts)) or pts[0] < 0:

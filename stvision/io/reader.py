@@ -47,6 +47,8 @@ class VideoReader(ABC):
         width: pixels, after rotation and resizing.
         rotation: degrees counter-clockwise that were applied to stand the picture upright.
         audio: the file's first audio stream, or None.
+        truncated: the file ends before the frames that it announces; ``len`` counts those left.
+        announced: frames that the file claims to hold, 0 where it does not say.
     """
 
     name: str
@@ -56,6 +58,9 @@ class VideoReader(ABC):
     width: int
     rotation: int = 0
     audio: AudioTrack | None = None
+    truncated: bool = False
+    announced: int = 0
+    _told: bool = False  # of the truncation
 
     @abstractmethod
     def _decode(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -125,7 +130,8 @@ class VideoReader(ABC):
     ) -> Iterator[Clip]:
         """Read the video once in clips of ``chunk`` frames (the last may be shorter).
 
-        Memory stays that of one chunk however long the video is. Frames that cannot be decoded
+        Memory stays bounded however long the video is: one chunk, and a second one where the
+        caller still holds the clip before. Frames that cannot be decoded
         are left out; a warning at the end says how many were read.
 
         Args:
@@ -153,7 +159,7 @@ class VideoReader(ABC):
         if into is not None and held:
             read += len(held)
             yield self._clip(torch.from_numpy(into)[: len(held)], held)
-        self._warn_missing(read, len(span))
+        self._tell_missing(read, len(span))
 
     def __iter__(self) -> Iterator[Clip]:
         """Clips of one frame each, from the first to the last."""
@@ -226,33 +232,54 @@ class VideoReader(ABC):
         return [i % length for i in wanted]
 
     def _read(self, wanted: list[int], *, skip_broken: bool) -> Clip:
-        distinct = sorted(set(wanted))
-        frames = torch.empty((len(distinct), self.height, self.width, 3), dtype=torch.uint8)
+        rows: dict[int, list[int]] = {}
+        for row, index in enumerate(wanted):
+            rows.setdefault(index, []).append(row)
+        frames = torch.empty((len(wanted), self.height, self.width, 3), dtype=torch.uint8)
         into = frames.numpy()
-        got: list[int] = []
-        for index, frame in self._decode(distinct):
-            into[len(got)] = frame
-            got.append(index)
-        if len(got) < len(distinct):
-            if not skip_broken or not got:
-                broken = sorted(set(distinct) - set(got))
-                raise FrameError(
-                    f"{self.name}: {len(broken)} of {len(distinct)} frames asked for cannot be "
-                    f"decoded (the first is frame {broken[0]}); the file is damaged"
-                )
-            self._warn_missing(len(got), len(distinct))
-        if got == wanted:
-            return self._clip(frames[: len(got)], got)
-        place = {index: row for row, index in enumerate(got)}
-        kept = [index for index in wanted if index in place]
-        return self._clip(frames[[place[index] for index in kept]], kept)
-
-    def _warn_missing(self, read: int, asked: int) -> None:
-        if read < asked:
-            warnings.warn(
-                f"{self.name}: the file is damaged; {read} of {asked} frames were decoded",
-                stacklevel=3,
+        got: set[int] = set()
+        for index, frame in self._decode(sorted(rows)):
+            first, *repeats = rows[index]
+            into[first] = frame
+            for row in repeats:
+                into[row] = into[first]
+            got.add(index)
+        if len(got) == len(rows):
+            self._tell_truncated()
+            return self._clip(frames, wanted)
+        if not skip_broken or not got:
+            broken = sorted(set(rows) - got)
+            raise FrameError(
+                f"{self.name}: {len(broken)} of {len(rows)} frames asked for cannot be "
+                f"decoded (the first is frame {broken[0]}); the file is damaged"
             )
+        self._tell_missing(len(got), len(rows))
+        kept = [row for row, index in enumerate(wanted) if index in got]
+        return self._clip(frames[kept], [wanted[row] for row in kept])
+
+    def _tell_truncated(self) -> None:
+        """Warn, once a reader, that the file is cut and how many frames are left."""
+        if self.truncated and not self._told:
+            self._told = True
+            total = f" of {self.announced}" if self.announced > len(self) else ""
+            warnings.warn(
+                f"{self.name}: the file is truncated or damaged; {len(self)}{total} frames can be "
+                "read",
+                stacklevel=4,
+            )
+
+    def _tell_missing(self, read: int, asked: int) -> None:
+        """Warn that frames asked for were left out; where that was all, of those announced."""
+        if read == asked:
+            return self._tell_truncated()
+        fault = "damaged"
+        if self.truncated and not self._told:
+            fault, self._told = "truncated or damaged", True
+            asked = max(asked, self.announced) if asked == len(self) else asked
+        warnings.warn(
+            f"{self.name}: the file is {fault}; {read} of {asked} frames were decoded",
+            stacklevel=4,
+        )
 
     def _clip(self, frames: Tensor, indices: list[int]) -> Clip:
         times = self.times[torch.tensor(indices, dtype=torch.long)]
@@ -290,10 +317,13 @@ def open_video(
         size: (height, width) in pixels, or the shorter side, to which frames are resized as they
             are decoded.
         threads: decoding threads; by default the cores that this process may use, at most 8, and
-            one inside a data loader's worker.
+            one inside a data loader's worker and for the smallest pictures.
 
     Returns:
         A reader; use it in a ``with`` block.
+
+    Warns:
+        UserWarning: the file is truncated; the sentence tells how many frames are left.
 
     Raises:
         FileNotFoundError: there is no file at the path.
@@ -301,6 +331,15 @@ def open_video(
             frames, cut off before its index, or of a codec that the backend cannot decode.
         ImportError: the backend is not installed; the sentence says how to install it.
     """
+    reader = _open(source, backend, size, threads)
+    reader._tell_truncated()
+    return reader
+
+
+def _open(
+    source: Any, backend: str, size: int | tuple[int, int] | None, threads: int | None
+) -> VideoReader:
+    """``open_video``, leaving the warning about a truncated file to the first reading."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}")
     from stvision.io.images import open_stills
@@ -347,11 +386,11 @@ def read_clip(
     Raises:
         As ``open_video``; ValueError also when fewer frames exist than asked for, and FrameError
         (a ValueError) when one of the frames asked for is damaged. A whole damaged file or span
-        gives the frames that decode and a warning with their number.
+        gives the frames that decode and one warning with their number.
     """
     if indices is not None and not (num_frames is None and fps is None and start is end is None):
         raise ValueError("indices excludes num_frames, fps, start and end")
-    with open_video(source, backend, size=size, threads=threads) as reader:
+    with _open(source, backend, size, threads) as reader:
         if indices is not None:
             return reader.get(indices)
         return reader.read(num_frames=num_frames, fps=fps, start=start, end=end)

@@ -219,7 +219,7 @@ class VideoWriter:
 
     def _open(self, height: int, width: int, second: float | None, rate: float | None) -> None:
         if self._codec == "libx265" and min(height, width) < 64:
-            # The encoder corrupts memory on pictures smaller than its coding unit.
+            # Seen on some runs, never traced: the process dies while encoding such pictures.
             raise ValueError(f"{self.path}: {height}x{width} pixels; hevc needs at least 64x64")
         self._height, self._width, self._first = height, width, second
         even = not self._lossless

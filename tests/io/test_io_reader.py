@@ -136,11 +136,15 @@ def test_rotation_metadata_stands_the_picture_upright(tmp_path, tools, backend, 
     assert np.abs(got - expected).mean() < 12  # another turn differs by 60 and more
 
 
+@pytest.mark.parametrize("degrees", [0, 90])
 @pytest.mark.parametrize("side", ["hflip", "vflip"])
-def test_mirrored_display_matrix(tmp_path, tools, side):
-    path = tools.encode(tmp_path / "m.mp4", count=2, rotation={"degrees": 0, side: True}, crf="1")
-    expected = tools.picture(0)[:, ::-1] if side == "hflip" else tools.picture(0)[::-1]
-    assert np.abs(read_clip(path).frames[0].numpy().astype(int) - expected).mean() < 12
+def test_mirrored_display_matrix(tmp_path, tools, backend, degrees, side):
+    turn = {"degrees": degrees, side: True}
+    path = tools.encode(tmp_path / "m.mp4", count=2, rotation=turn, crf="1")
+    turned = np.rot90(tools.picture(0), degrees // 90)  # the mirror negates what the turn gives
+    expected = turned[:, ::-1] if side == "hflip" else turned[::-1]
+    got = read_clip(path, backend=backend).frames[0].numpy().astype(int)
+    assert np.abs(got - expected).mean() < 12
 
 
 def test_resize_on_decode_matches_resizing_afterwards(videos, backend):
@@ -231,6 +235,73 @@ def test_audio_reference_spans_the_clip(tmp_path, tools, videos):
     assert clip.audio is not None
     assert (clip.audio.start, clip.audio.end) == pytest.approx((0.4, 0.8))
     assert read_clip(videos["h264"]).audio is None
+
+
+def test_an_index_is_kept_until_the_file_changes(videos, tools, tmp_path, monkeypatch):
+    from stvision.io import index
+    from stvision.io.backends import pyav
+
+    index.forget_indexes()
+    passes = []
+    original = index.read_index
+
+    def counted(*arguments):
+        passes.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(pyav, "read_index", counted)
+    path = tmp_path / "a.mp4"
+    path.write_bytes(videos["h264"].read_bytes())
+    frames, _ = tools.sequential(path)
+    for _ in range(3):
+        clip = read_clip(path, indices=[30, 2])
+        assert np.array_equal(clip.frames.numpy(), frames[[30, 2]])
+    assert len(passes) == 1
+    with open_video(path) as reader:
+        reader.times += 1  # the caller's own copy
+    assert read_clip(path, indices=[0]).times[0] == 0
+    path.write_bytes(videos["h264-one-keyframe"].read_bytes())
+    frames, _ = tools.sequential(path)
+    assert np.array_equal(read_clip(path).frames.numpy(), frames)
+    assert len(passes) == 2
+    read_clip(path.read_bytes(), indices=[0])
+    read_clip(path.read_bytes(), indices=[0])  # bytes have no name to keep them by
+    assert len(passes) == 4
+
+
+def test_kept_indexes_stay_within_their_bound(videos, monkeypatch):
+    from stvision.io import index
+
+    index.forget_indexes()
+    monkeypatch.setattr(index, "CACHED_FRAMES", 1000)
+    held = index.build_index(videos["h264"].read_bytes())
+    for number in range(100):
+        index.remember((str(number),), held)
+        assert sum(len(i.pts) for i in index._cache.values()) <= 1000
+    assert ("99",) in index._cache and ("0",) not in index._cache
+    index.forget_indexes()
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_broken_packet_takes_no_other_frame_with_it(tmp_path, tools, threads):
+    path = tools.encode(tmp_path / "h.mov", count=40, height=160, width=160, g="1")
+    frames, _ = tools.sequential(path)
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    for number in (7, 8, 39):
+        start, size = packets[number]
+        data[start : start + size] = bytes(size)
+    path.write_bytes(data)
+    with pytest.warns(UserWarning) as caught:
+        clip = read_clip(path, threads=threads)
+    assert [str(w.message) for w in caught] == [
+        f"{path}: the file is damaged; 37 of 40 frames were decoded"
+    ]
+    kept = [i for i in range(40) if i not in (7, 8, 39)]
+    assert np.array_equal(clip.frames.numpy(), frames[kept])
+    with open_video(path, threads=threads) as reader:
+        assert np.array_equal(reader.get([38, 6, 9, 6]).frames.numpy(), frames[[38, 6, 9, 6]])
 
 
 def test_damaged_frames_are_named_when_asked_for(videos, tmp_path):

@@ -1,6 +1,6 @@
 """decord behind the common interface, for those who know it; never the default.
 
-It opens no VP9 and no AV1, applies no display matrix to its sizes, and can hang inside native code
+It opens no VP9 and no AV1, turns pictures but never mirrors them, and can hang inside native code
 on damaged files. The packet index names such files in a sentence before decord sees them.
 """
 
@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from stvision.io.backends.common import IndexedReader
-from stvision.io.clip import Clip
-from stvision.io.source import as_openable, target_size
+from stvision.io.source import as_openable
 from stvision.optional import require
 
 
@@ -38,23 +36,17 @@ class DecordReader(IndexedReader):
             self._decoder: Any = decord.VideoReader(
                 as_openable(source), ctx=decord.cpu(0), num_threads=self.threads
             )
-            self._native = self._decoder[0].shape[:2]
+            height, width = self._decoder[0].shape[:2]
         except (decord.DECORDError, RuntimeError) as error:
             raise self._refusal("decord", error) from error
         self._check_length(len(self._decoder), "decord")
-        self.height, self.width = target_size(size, *self._native)
+        self._take_size(size, height, width)
 
     def _decode(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         if self._decoder is None:
             raise ValueError(f"{self.name}: the reader is closed")
         for index in indices:
-            yield index, self._resized(_without_padding(self._decoder[index].asnumpy()))
-
-    def _resized(self, picture: np.ndarray) -> np.ndarray:
-        if self._native == (self.height, self.width):
-            return picture
-        one = Clip(torch.from_numpy(np.ascontiguousarray(picture))[None], self.times[:1])
-        return one.resize(self.height, self.width).numpy()[0]
+            yield index, self._finish(_without_padding(self._decoder[index].asnumpy()))
 
     def close(self) -> None:
         self._decoder = None

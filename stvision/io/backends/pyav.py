@@ -8,18 +8,32 @@ section 7.4.1) are not decoded at all, which changes no other picture.
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 
-from stvision.io.index import build_index, ignore_others, open_container, video_stream
+from stvision.io.index import (
+    FrameIndex,
+    file_key,
+    ignore_others,
+    open_container,
+    read_index,
+    recall,
+    remember,
+    sound_packets,
+    video_stream,
+)
+from stvision.io.orientation import read_orientation
 from stvision.io.reader import VideoReader, audio_track, default_threads
 from stvision.io.source import describe, target_size
+
+# Pixels up to which decoding threads cost more than they bring.
+_SMALL = 128 * 128
+_BILINEAR = Interpolation.BILINEAR  # exact where the size stays: no filter is applied then
 
 
 class PyAVReader(VideoReader):
@@ -36,24 +50,26 @@ class PyAVReader(VideoReader):
             raise ValueError(f"threads is {threads}; it must be at least 1")
         self.name = describe(source)
         self._source = source
-        self._threads = default_threads() if threads is None else threads
+        self._threads = threads
         self._container: Any = None
-        self._index = build_index(source)
-        self.times = self._index.times
-        self.fps = self._index.rate
-        self.audio = audio_track(source, self._index.audio_streams)
-        self._rank = {pts: i for i, pts in enumerate(self._index.pts)}
+        self._packets: Any = None
         self._reformatter = VideoReformatter()
         try:
-            self._restart()
+            self._index = self._open_with_index()
+            self.times = self._index.times.clone()
+            self.fps = self._index.rate
+            self.truncated, self.announced = self._index.truncated, self._index.announced
+            self.audio = audio_track(source, self._index.audio_streams)
             first = self._next_frame(frozenset(), -1)
             if first is None:
                 raise ValueError(
                     f"{self.name}: not one of {len(self)} frames can be decoded "
                     f"(codec {self._index.codec})"
                 )
-            self._orient(first[1])
-            upright = (first[1].height, first[1].width)[:: -1 if self._transposed else 1]
+            self._orientation = read_orientation(first[1])
+            self.rotation = self._orientation.rotation
+            upright = (first[1].height, first[1].width)
+            upright = upright[:: -1 if self._orientation.transposed else 1]
             self.height, self.width = target_size(size, *upright)
             self._ready.appendleft(first)
             self._position = first[0] - 1
@@ -62,27 +78,64 @@ class PyAVReader(VideoReader):
             raise
 
     def close(self) -> None:
-        if self._container is not None:
+        if self._packets is not None:
             self._packets.close()
+            self._packets = None
             self._ready.clear()
+        if self._container is not None:
             self._container.close()
             self._container = None
         self._source = None
 
     # -- positions ---------------------------------------------------------------------------
 
+    def _open_with_index(self) -> FrameIndex:
+        """Open the file, with its index from memory or from one pass over its packets."""
+        key = file_key(self._source)
+        index = recall(self._source)
+        self._restart()
+        if index is not None:
+            return index
+        index = read_index(self._container, self._stream, self._source)
+        remember(key, index)
+        if index.counted and index.truncated:
+            self._threads = 1  # as they were counted: frame threads lose some beside broken ones
+        if index.counted or index.truncated or not self._rewind(index):
+            self._restart()
+        return index
+
     def _restart(self) -> None:
         """Open the file anew; the decoder stands before the first frame."""
-        if self._container is not None:
+        if self._packets is not None:
             self._packets.close()
+        if self._container is not None:
             self._container.close()
         self._container = open_container(self._source)
         self._stream = video_stream(self._container, self._source)
         ignore_others(self._container, self._stream)
         codec = self._stream.codec_context
+        if self._threads is None:
+            small = codec.width * codec.height <= _SMALL
+            self._threads = 1 if small else default_threads()
         codec.thread_type = "AUTO"
         codec.thread_count = self._threads
         self._rewound()
+
+    def _rewind(self, index: FrameIndex) -> bool:
+        """Stand before the first packet again; False where the format does not find it."""
+        pts, dts, _ = index.first
+        tick = dts if dts is not None else pts
+        if tick is None:
+            return False
+        try:
+            self._container.seek(tick, stream=self._stream, backward=True)
+            packet = next(iter(self._container.demux(self._stream)))
+        except (av.FFmpegError, StopIteration):
+            return False
+        if (packet.pts, packet.dts, packet.size) != index.first:
+            return False
+        self._rewound(packet)
+        return True
 
     def _rewound(self, first_packet: Any = None) -> None:
         self._packets = self._feed(first_packet)
@@ -95,7 +148,7 @@ class PyAVReader(VideoReader):
     def _feed(self, first_packet: Any) -> Generator[Any, None, None]:
         if first_packet is not None:
             yield first_packet
-        yield from self._container.demux(self._stream)
+        yield from sound_packets(self._container, self._stream)
 
     def _seek(self, keyframe: int) -> None:
         """Stand at or before a keyframe; the start of the file where seeking fails."""
@@ -124,7 +177,7 @@ class PyAVReader(VideoReader):
             packet = next(self._packets, None)
             if packet is None:
                 return None
-            rank = self._rank.get(packet.pts, -1)
+            rank = self._index.rank.get(packet.pts, -1)
             if self._index.codec == "h264" and not self._index.counted and packet.size:
                 idle = rank < last and rank not in wanted
                 self._stream.codec_context.skip_frame = "NONREF" if idle else "DEFAULT"
@@ -134,13 +187,20 @@ class PyAVReader(VideoReader):
             try:
                 frames = packet.decode()
             except av.FFmpegError:
-                continue  # a damaged packet; whoever asked for its frame is told
+                # A damaged packet; whoever asked for its frame is told. Frame threads report it
+                # late and lose sound frames with it, so go back and decode without them.
+                if self._threads != 1:
+                    self._threads = 1
+                    following = self._position + 1
+                    self._restart()
+                    self._seek(self._index.keyframe_for(following))
+                continue
             for frame in frames:
                 if self._index.counted:
                     self._ready.append((self._counter, frame))
                     self._counter += 1
-                elif frame.pts in self._rank:
-                    self._ready.append((self._rank[frame.pts], frame))
+                elif frame.pts in self._index.rank:
+                    self._ready.append((self._index.rank[frame.pts], frame))
         return self._ready.popleft()
 
     def _decode(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -181,23 +241,12 @@ class PyAVReader(VideoReader):
 
     # -- pictures ----------------------------------------------------------------------------
 
-    def _orient(self, frame: Any) -> None:
-        """Read the display matrix: (x', y') = (a x + c y, b x + d y), a quarter turn at a time."""
-        a, b, c, d = 1, 0, 0, 1
-        for side in frame.side_data:
-            if side.type.name == "DISPLAYMATRIX":
-                a, b, _, c, d = struct.unpack("<5i", bytes(side)[:20])
-        self._transposed = abs(b) > abs(a)
-        self._mirror_x, self._mirror_y = (c < 0, b < 0) if self._transposed else (a < 0, d < 0)
-        turns = {(False, False, False): 0, (False, True, True): 180}
-        turns |= {(True, True, False): -90, (True, False, True): 90}
-        self.rotation = turns.get((self._transposed, self._mirror_x, self._mirror_y), 0)
-
     def _convert(self, frame: Any) -> np.ndarray:
-        width, height = (self.width, self.height)[:: -1 if self._transposed else 1]
+        width, height = (self.width, self.height)[:: -1 if self._orientation.transposed else 1]
         picture = self._reformatter.reformat(
-            frame, width, height, format="rgb24", interpolation="BILINEAR", threads=1
-        ).to_ndarray()
-        if self._transposed:
-            picture = picture.transpose(1, 0, 2)
-        return picture[:: -1 if self._mirror_y else 1, :: -1 if self._mirror_x else 1]
+            frame, width, height, format="rgb24", interpolation=_BILINEAR, threads=1
+        )
+        # A view of the picture's rows without their padding; to_ndarray would copy it.
+        plane = picture.planes[0]
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
+        return self._orientation.apply(rows[:, : width * 3].reshape(height, width, 3))

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from stvision.io.backends.common import IndexedReader
-from stvision.io.clip import Clip
-from stvision.io.source import as_openable, is_file_object, target_size
+from stvision.io.source import as_openable, is_file_object
 from stvision.optional import require
 
 
@@ -45,22 +44,33 @@ class TorchCodecReader(IndexedReader):
             first = self._decoder[0]
         except (RuntimeError, ValueError, IndexError) as error:
             raise self._refusal("torchcodec", error) from error
-        self._check_length(len(self._decoder), "torchcodec")
-        self._decoded_size = (first.shape[0], first.shape[1])
-        self.height, self.width = target_size(size, *self._decoded_size)
+        if not self.truncated:
+            self._check_length(len(self._decoder), "torchcodec")
+        self._take_size(size, first.shape[0], first.shape[1])
 
     def _decode(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         if self._decoder is None:
             raise ValueError(f"{self.name}: the reader is closed")
         for index in indices:
+            picture = self._picture(index)
+            if picture is not None:
+                yield index, self._finish(picture)
+
+    def _picture(self, index: int) -> np.ndarray | None:
+        """A frame by its number, None where it is damaged.
+
+        torchcodec also counts the broken packets of a cut file, so there the time decides.
+        """
+        surplus = len(self._decoder) - len(self) if self.truncated else 0
+        for number in range(index, index + surplus + 1):
             try:
-                frame = self._decoder[index]
-            except RuntimeError:
-                continue  # damaged here; the base class reports it
-            if self._decoded_size != (self.height, self.width):
-                one = Clip(frame[None], self.times[:1])
-                frame = one.resize(self.height, self.width).frames[0]
-            yield index, frame.numpy()
+                frame = self._decoder.get_frame_at(number)
+            except (RuntimeError, IndexError):
+                continue
+            if not self.truncated or abs(frame.pts_seconds - float(self.times[index])) < 1e-5:
+                picture: np.ndarray = frame.data.numpy()
+                return picture
+        return None
 
     def close(self) -> None:
         self._decoder = None
