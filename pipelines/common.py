@@ -14,6 +14,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
 import stvision
+from stvision.attention.volume import AttentionProjections
 from stvision.models.fast import disable_fast, enable_fast, is_fast, is_offloaded
 from stvision.pipelines.budget import (
     as_gib,
@@ -377,3 +378,29 @@ class VideoPipeline(DiffusionPipeline):
 def _accelerator() -> str | None:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return None if accelerator is None else accelerator.type
+
+
+@contextmanager
+def attention_backend_of(name: str | None, *models: Any) -> Iterator[None]:
+    """Attention of ``models`` through backend ``name`` inside the ``with`` block."""
+    if name is None:
+        yield
+        return
+    modules = [
+        module
+        for model in models
+        for module in model.modules()
+        if isinstance(module, AttentionProjections)
+    ]
+    backends = [module.backend for module in modules]
+    processors = [(model, dict(getattr(model, "attn_processors", {}))) for model in models]
+    try:
+        for model in models:
+            model.set_attention_backend(name)
+        yield
+    finally:
+        for module, before in zip(modules, backends, strict=True):
+            module.backend = before
+        for model, kept in processors:
+            if kept:
+                model.set_attn_processor(kept)

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,15 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stvision.attention.dispatch import check_backend
-from stvision.attention.volume import AttentionProjections
 from stvision.models.fstext import FSTextDecomposer
 from stvision.models.sampling import Seed, denoise, per_sample_generators, text_per_frame
 from stvision.models.seer import SeerUNetModel
 from stvision.models.text import default_max_length, encode_text, load_packaged_minilm
-from stvision.pipelines.common import VideoPipeline
+from stvision.pipelines.common import VideoPipeline, attention_backend_of
 from stvision.pipelines.conditioning import as_reference_clips, frames_to_tensor
 from stvision.pipelines.folders import resolve_folder
-from stvision.pipelines.memory import MemoryPlan, vae_tiles
+from stvision.pipelines.memory import MemoryPlan
 from stvision.pipelines.prompts import (
     Prompt,
     TextStates,
@@ -39,6 +37,7 @@ from stvision.pipelines.prompts import (
 )
 from stvision.pipelines.results import VideoOutput, check_output_type, convert_frames
 from stvision.pipelines.rollout import RollOut, StepEnd, joined
+from stvision.pipelines.seer_needs import CallSizes, seer_needs
 from stvision.pipelines.sizes import SizeRules, check_at_least
 
 logger = logging.getLogger(__name__)
@@ -448,7 +447,7 @@ class SeerPipeline(VideoPipeline):
             }
 
         with (
-            _backend(call.attention_backend, self.unet, self.fstext),
+            attention_backend_of(call.attention_backend, self.unet, self.fstext),
             self.progress_bar(total=call.steps) as bar,
         ):
             self._num_timesteps = 0
@@ -510,43 +509,11 @@ class SeerPipeline(VideoPipeline):
     ) -> dict[str, int]:
         """Bytes of activations of the text decomposer, the denoiser and the VAE."""
         self.rules.check(height, width)
-        factor = self.vae_scale_factor
-        h, w = height // factor, width // factor
-        unet, vae, fstext = self.unet, self.vae, self.fstext
         length = self.config.max_text_length or 77
         if self.tokenizer is not None and self.config.max_text_length is None:
             length = default_max_length(self.tokenizer)
-        text_dim = fstext.config.dim
-        branches = batch_size * (2 if plan.batch_guidance else 1)
-        frames = num_frames * batch_size
-        chunk = frames if plan.vae_chunk is None else min(plan.vae_chunk, frames)
-
-        def inputs(zeros: Callable[..., Tensor], model: Any, *shape: int) -> Tensor:
-            return zeros(*shape, dtype=model.dtype, device=model.device)
-
-        def text(zeros: Callable[..., Tensor]) -> Any:
-            states = inputs(zeros, fstext, batch_size, length, text_dim)
-            return type(fstext).forward(fstext, states, num_frames)
-
-        def step(zeros: Callable[..., Tensor]) -> Any:
-            sample = inputs(zeros, unet, branches, unet.config.in_channels, num_frames, h, w)
-            states = inputs(zeros, unet, branches, num_frames, length, text_dim)
-            time = zeros((), dtype=torch.long, device=unet.device)
-            # The class's own forward: graphs or offload hooks on the instance stay out of it.
-            return type(unet).forward(unet, sample, time, states, cond_frames=1)
-
-        def decode(zeros: Callable[..., Tensor]) -> Any:
-            latents = inputs(zeros, vae, chunk, vae.config.latent_channels, h, w)
-            with vae_tiles(vae, plan.vae_tiling):
-                return vae.decode(latents).sample
-
-        # Decoded frames of a window stay while the VAE works on the rest.
-        kept = frames * 3 * height * width * torch.empty((), dtype=vae.dtype).element_size()
-        return {
-            "fstext": self._counted("fstext", text, batch_size, num_frames, length),
-            "unet": self._counted("unet", step, branches, num_frames, h, w, length),
-            "vae": self._counted("vae", decode, chunk, h, w, plan.vae_tiling) + kept,
-        }
+        sizes = CallSizes(height, width, num_frames, batch_size, length)
+        return seer_needs(self.fstext, self.unet, self.vae, plan, sizes, self._counted)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -555,29 +522,3 @@ class SeerPipeline(VideoPipeline):
 
 def _rules(vae_levels: int, unet_levels: int) -> SizeRules:
     return SizeRules(multiple=2 ** (vae_levels - 1) * 2 ** (unet_levels - 1))
-
-
-@contextmanager
-def _backend(name: str | None, *models: Any) -> Iterator[None]:
-    """Attention of ``models`` through backend ``name`` inside the ``with`` block."""
-    if name is None:
-        yield
-        return
-    modules = [
-        module
-        for model in models
-        for module in model.modules()
-        if isinstance(module, AttentionProjections)
-    ]
-    backends = [module.backend for module in modules]
-    processors = [(model, dict(getattr(model, "attn_processors", {}))) for model in models]
-    try:
-        for model in models:
-            model.set_attention_backend(name)
-        yield
-    finally:
-        for module, before in zip(modules, backends, strict=True):
-            module.backend = before
-        for model, kept in processors:
-            if kept:
-                model.set_attn_processor(kept)

@@ -68,9 +68,10 @@ def load_packaged_minilm(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
     folder = packaged_minilm_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    encoder = BertModel.from_pretrained(
-        folder, local_files_only=True, add_pooling_layer=False, dtype=dtype
-    )
+    encoder = BertModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    # Token states need no pooler. Taken off afterwards, because leaving out weights that a file
+    # holds makes transformers print a report at every start.
+    encoder.pooler = None
     return tokenizer, encoder.eval().requires_grad_(False)
 
 

@@ -36,6 +36,15 @@ def test_states_do_not_depend_on_the_padding(minilm):
     assert not long[0, 5:].any()
 
 
+def test_loading_prints_no_report_and_keeps_no_pooler(minilm, capfd):
+    del minilm  # skips where the package is absent
+    encoder = load_packaged_minilm(torch.float16)[1]
+    said = "".join(capfd.readouterr())
+    assert "UNEXPECTED" not in said and "MISSING" not in said
+    assert not [name for name in encoder.state_dict() if "pooler" in name]
+    assert encoder.dtype == torch.float16 and not encoder.training
+
+
 def test_meaning_survives(minilm):
     tokenizer, encoder = minilm
 
