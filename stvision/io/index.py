@@ -27,6 +27,11 @@ except ImportError:
 
 from stvision.io.source import as_openable, check_exists, describe, is_file_object, is_url
 
+# Text tags in odd encodings must not stop a reader; from version 19 on PyAV sees to that itself.
+_TAGS: dict[str, Any] = {}
+if int(av.__version__.split(".")[0]) < 19:
+    _TAGS["metadata_errors"] = "ignore"
+
 
 @dataclass
 class FrameIndex:
@@ -86,7 +91,7 @@ def open_container(source: Any) -> Any:
     check_exists(source)
     name = describe(source)
     try:
-        return av.open(as_openable(source), mode="r", metadata_errors="ignore")
+        return av.open(as_openable(source), mode="r", **_TAGS)
     except (av.FFmpegError, UnicodeError) as error:
         if isinstance(error, PermissionError):
             raise PermissionError(f"{name}: no permission to read the file") from error
@@ -171,7 +176,7 @@ def read_index(container: Any, stream: Any, source: Any) -> FrameIndex:
         damaged += 1
     if not packets:
         raise ValueError(f"{name}: the video stream holds no frames that can be read")
-    time_base = stream.time_base or Fraction(1, 1)
+    time_base = Fraction(stream.time_base or 1)
     announced = stream.frames or 0
     missing = announced > len(packets)
     truncated = damaged > 0 or missing or _ends_early(stream, last_end, time_base)
@@ -367,7 +372,7 @@ def _count_frames(source: Any, codec: str, rate: float | None) -> FrameIndex:
         stream = video_stream(container, source)
         ignore_others(container, stream)
         stream.codec_context.thread_count = 1  # threads lose sound frames beside broken ones
-        time_base = stream.time_base or Fraction(1, 1)
+        time_base = Fraction(stream.time_base or 1)
         fault: Exception | None = None
         for packet in sound_packets(container, stream):
             try:

@@ -49,10 +49,11 @@ class Orientation:
 
 def read_orientation(frame: Any) -> Orientation:
     """The display matrix of a decoded frame: (x', y') = (a x + c y, b x + d y)."""
-    a, b, c, d = 1, 0, 0, 1
-    for side in frame.side_data:
-        if side.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d = struct.unpack("<5i", bytes(side)[:20])
+    try:
+        side = frame.side_data["DISPLAYMATRIX"]
+    except KeyError:
+        return Orientation()
+    a, b, _, c, d = struct.unpack("<5i", bytes(side)[:20])
     transposed = abs(b) > abs(a)
     if transposed:
         return Orientation(True, c < 0, b < 0)
