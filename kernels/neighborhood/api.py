@@ -6,6 +6,7 @@ number of tokens. Semantics are those of NATTEN (arXiv 2204.07143, 2209.15001, 2
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
@@ -180,7 +181,7 @@ def _attend(
     if backend == "flex":
         from stvision.kernels.neighborhood import flex
 
-        return flex.attention(query, key, value, key_mask, axes, scale, tile or None)
+        return flex.attention(query, key, value, key_mask, axes, scale, tile[: len(axes)] or None)
     numbers = [number for axis in axes for number in axis.encode()]
     return neighborhood_attention(
         query, key, value, rpb, key_mask, numbers, scale, backend, list(tile), deterministic
@@ -237,13 +238,14 @@ def neighborhood_attention_generic(
         additional_keys: (B, M, Hk, d) tokens that every query sees, such as text.
         additional_values: (B, M, Hk, dv) their values.
         attention_kwargs: ``{"backend": name}`` for the additional tokens.
-        backend: ``"sdpa"``, ``"triton"``, ``"flex"``, ``"blocked"``, ``"reference"``, or ``None`` to choose
-            (:func:`explain` says what and why).
-        q_tile_shape: per axis, queries of one tile, where the backend has tiles.
-        kv_tile_shape: accepted so that calls written for NATTEN run; without effect, like
-            ``backward_q_tile_shape``, ``backward_kv_tile_shape``, ``backward_kv_splits``,
-            ``backward_use_pt_reduction``, ``run_persistent_kernel``, ``kernel_schedule`` and
-            ``torch_compile``.
+        backend: ``"sdpa"``, ``"triton"``, ``"flex"``, ``"blocked"``, ``"reference"``, or ``None`` to
+            choose (:func:`explain` says what and why).
+        q_tile_shape: per axis, queries of one tile, where the backend has tiles; powers of two on
+            ``"triton"``.
+        kv_tile_shape: per axis, keys of one box on ``"triton"``; needs ``q_tile_shape``.
+        backward_q_tile_shape: accepted so that calls written for NATTEN run; without effect, like
+            ``backward_kv_tile_shape``, ``backward_kv_splits``, ``backward_use_pt_reduction``,
+            ``run_persistent_kernel``, ``kernel_schedule`` and ``torch_compile``.
         return_lse: also return the log-sum-exp of the scaled logits; gradients flow through it.
         rpb: (H, 2 * kernel_size - 1, ...) relative position bias of NAT and DiNAT, added to the
             scaled logits at index (key place - query place + kernel_size - 1) per axis, where
@@ -311,6 +313,13 @@ def neighborhood_attention_generic(
     if call.choice.backend == "sdpa":
         return dense.attention(query, key, value, call.axes, float(scale))
     tile = () if q_tile_shape is None else per_axis("q_tile_shape", tuple(q_tile_shape), rank)
+    flat_tile: tuple[int, ...] = ()
+    if kv_tile_shape is not None:
+        if not tile:
+            raise ValueError("kv_tile_shape needs q_tile_shape beside it")
+        boxes = per_axis("kv_tile_shape", tuple(kv_tile_shape), rank)
+        flat_tile = (math.prod(tile), math.prod(boxes))
+        tile += boxes
     out, lse = _attend(
         call.choice.backend,
         query,
@@ -339,7 +348,7 @@ def neighborhood_attention_generic(
             None,
             every,
             float(scale),
-            (),
+            flat_tile if name == "triton" else (),
             call.deterministic,
         )
         out, lse = merge(out, lse, extra_out.unflatten(1, grid), extra_lse.unflatten(1, grid))

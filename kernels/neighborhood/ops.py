@@ -26,10 +26,12 @@ def _module(backend: str) -> Any:
     return reference
 
 
-def _options(backend: str, tile: Sequence[int], deterministic: bool | None) -> dict[str, Any]:
+def _options(
+    backend: str, tile: Sequence[int], rank: int, deterministic: bool | None
+) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if backend in {"blocked", "triton"} and tile:
-        options["tile"] = tuple(tile)
+        options["tile"] = tuple(tile) if backend == "triton" else tuple(tile[:rank])
     if backend == "triton" and deterministic is not None:
         options["deterministic"] = deterministic
     return options
@@ -48,7 +50,7 @@ def neighborhood_attention(
     tile: Sequence[int],
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    options = _options(backend, tile, None)
+    options = _options(backend, tile, query.dim() - 3, None)
     # the backends choose their own types: autocast must not round their float32 products
     with torch.autocast(query.device.type, enabled=False):
         return _module(backend).forward(
@@ -82,7 +84,7 @@ def neighborhood_attention_backward(
     tile: Sequence[int],
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = _options(backend, tile, deterministic)
+    options = _options(backend, tile, query.dim() - 3, deterministic)
     with torch.autocast(query.device.type, enabled=False):
         dq, dk, dv, drpb = _module(backend).backward(
             grad_out,

@@ -16,6 +16,15 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+#: One binary serves all grids, windows and dilations: Triton must not compile anew for an integer
+#: that is 1 or a multiple of 16. What vector loads need, it learns from ``ALIGN``, the common
+#: divisor of all strides, which are passed divided by it.
+INTEGERS = (
+    "n_t n_h n_w heads groups LQT LQH LQW LKT LKH LKW "
+    "sqb sqt sqh sqw sqn skb skt skh skw skn svb svt svh svw svn DT DH DW WT WH WW"
+).split()
+KEY_INTEGERS = ["kv_heads" if name == "heads" else name for name in INTEGERS]
+
 
 @triton.jit
 def _tile(tables, index, COLUMN: tl.constexpr):
@@ -39,7 +48,7 @@ def _row_offset(t, h, w, stride_t, stride_h, stride_w):
 
 
 @triton.jit
-def _bias_index(kt, kh, kw, qt, qh, qw, WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr):
+def _bias_index(kt, kh, kw, qt, qh, qw, WT, WH, WW):
     """Flat index into one head's rpb of (key minus query) places."""
     at = kt - qt + (WT - 1)
     at = at * (2 * WH - 1) + kh - qh + (WH - 1)
@@ -48,26 +57,25 @@ def _bias_index(kt, kh, kw, qt, qh, qw, WT: tl.constexpr, WH: tl.constexpr, WW: 
 
 @triton.jit
 def _bias(
-    bias, head, kt, kh, kw, qt, qh, qw, WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, seen
+    bias, head, kt, kh, kw, qt, qh, qw, WT, WH, WW, seen
 ):  # fmt: skip
     """rpb of (key minus query) places; only where ``seen``."""
     at = _bias_index(kt, kh, kw, qt, qh, qw, WT, WH, WW)
-    size: tl.constexpr = (2 * WT - 1) * (2 * WH - 1) * (2 * WW - 1)
+    size = (2 * WT - 1) * (2 * WH - 1) * (2 * WW - 1)
     return tl.load(bias + head * size + at, mask=seen, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def forward_kernel(
     q, k, v, bias, key_mask, out, lse,
     tiles_t, tiles_h, tiles_w, bounds_t, bounds_h, bounds_w,
     n_t, n_h, n_w, heads, groups, scale,
     LQT, LQH, LQW, LKT, LKH, LKW,
     sqb, sqt, sqh, sqw, sqn, skb, skt, skh, skw, skn, svb, svt, svh, svw, svn,
+    DT, DH, DW, WT, WH, WW,
     QT: tl.constexpr, QH: tl.constexpr, QW: tl.constexpr,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, BOXES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +110,8 @@ def forward_kernel(
     all_low_w, all_high_w = _tile(tiles_w, iw, 5), _tile(tiles_w, iw, 6)
 
     dim, dim_v = tl.arange(0, BD), tl.arange(0, BDV)
-    q_rows = q + batch.to(tl.int64) * sqb + head * sqn + _row_offset(qt, qh, qw, sqt, sqh, sqw)
+    q_rows = batch.to(tl.int64) * sqb + head * sqn + _row_offset(qt, qh, qw, sqt, sqh, sqw)
+    q_rows = q + q_rows * ALIGN
     qq = tl.load(q_rows[:, None] + dim[None, :], mask=real[:, None] & (dim < D)[None, :], other=0.0)
     column = tl.arange(0, N)
     ct, ch, cw = _three(column, KH, KW)
@@ -123,15 +132,15 @@ def forward_kernel(
             vv = tl.reshape(v.load([batch, first_t, first_h, first_w, kv_head * DV]), [N, BDV])
         else:
             at, ah, aw = group_t + kt * DT, group_h + kh * DH, group_w + kw * DW
-            k_rows = k + batch.to(tl.int64) * skb + kv_head * skn
-            k_rows += _row_offset(at, ah, aw, skt, skh, skw)
+            k_rows = batch.to(tl.int64) * skb + kv_head * skn
+            k_rows = k + (k_rows + _row_offset(at, ah, aw, skt, skh, skw)) * ALIGN
             kk = tl.load(
                 k_rows[:, None] + dim[None, :],
                 mask=inside[:, None] & (dim < D)[None, :],
                 other=0.0,
             )
-            v_rows = v + batch.to(tl.int64) * svb + kv_head * svn
-            v_rows += _row_offset(at, ah, aw, svt, svh, svw)
+            v_rows = batch.to(tl.int64) * svb + kv_head * svn
+            v_rows = v + (v_rows + _row_offset(at, ah, aw, svt, svh, svw)) * ALIGN
             vv = tl.load(
                 v_rows[:, None] + dim_v[None, :],
                 mask=inside[:, None] & (dim_v < DV)[None, :],
@@ -177,18 +186,17 @@ def forward_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def query_gradient_kernel(
     q, k, v, bias, key_mask, grad_out, lse, delta, grad_q, grad_bias,
     tiles_t, tiles_h, tiles_w, bounds_t, bounds_h, bounds_w,
     n_t, n_h, n_w, heads, groups, scale,
     LQT, LQH, LQW, LKT, LKH, LKW,
     sqb, sqt, sqh, sqw, sqn, skb, skt, skh, skw, skn, svb, svt, svh, svw, svn,
+    DT, DH, DW, WT, WH, WW,
     QT: tl.constexpr, QH: tl.constexpr, QW: tl.constexpr,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of queries; ``delta`` is sum(grad_out * out) - grad_lse of each row."""
@@ -219,7 +227,8 @@ def query_gradient_kernel(
     group_w, low_w, high_w = _tile(tiles_w, iw, 2), _tile(tiles_w, iw, 3), _tile(tiles_w, iw, 4)
 
     dim, dim_v = tl.arange(0, BD), tl.arange(0, BDV)
-    q_rows = q + batch.to(tl.int64) * sqb + head * sqn + _row_offset(qt, qh, qw, sqt, sqh, sqw)
+    q_rows = batch.to(tl.int64) * sqb + head * sqn + _row_offset(qt, qh, qw, sqt, sqh, sqw)
+    q_rows = q + q_rows * ALIGN
     qq = tl.load(q_rows[:, None] + dim[None, :], mask=real[:, None] & (dim < D)[None, :], other=0.0)
     rows = ((batch.to(tl.int64) * LQT + qt) * LQH + qh) * LQW + qw
     rows = rows * heads + head
@@ -243,13 +252,13 @@ def query_gradient_kernel(
         kw = low_w + j % boxes_w * KW + cw
         inside = (kt < high_t) & (kh < high_h) & (kw < high_w)
         at, ah, aw = group_t + kt * DT, group_h + kh * DH, group_w + kw * DW
-        k_rows = k + batch.to(tl.int64) * skb + kv_head * skn
-        k_rows += _row_offset(at, ah, aw, skt, skh, skw)
+        k_rows = batch.to(tl.int64) * skb + kv_head * skn
+        k_rows = k + (k_rows + _row_offset(at, ah, aw, skt, skh, skw)) * ALIGN
         kk = tl.load(
             k_rows[:, None] + dim[None, :], mask=inside[:, None] & (dim < D)[None, :], other=0.0
         )
-        v_rows = v + batch.to(tl.int64) * svb + kv_head * svn
-        v_rows += _row_offset(at, ah, aw, svt, svh, svw)
+        v_rows = batch.to(tl.int64) * svb + kv_head * svn
+        v_rows = v + (v_rows + _row_offset(at, ah, aw, svt, svh, svw)) * ALIGN
         vv = tl.load(
             v_rows[:, None] + dim_v[None, :],
             mask=inside[:, None] & (dim_v < DV)[None, :],
@@ -274,7 +283,7 @@ def query_gradient_kernel(
             at = _bias_index(
                 kt[None, :], kh[None, :], kw[None, :], place_t, place_h, place_w, WT, WH, WW
             )
-            size: tl.constexpr = (2 * WT - 1) * (2 * WH - 1) * (2 * WW - 1)
+            size = (2 * WT - 1) * (2 * WH - 1) * (2 * WW - 1)
             tl.atomic_add(grad_bias + head * size + at, ds, mask=seen)
         acc = tl.dot(ds.to(kk.dtype), kk, acc, input_precision=PRECISION)
     tl.store(
@@ -284,18 +293,17 @@ def query_gradient_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=KEY_INTEGERS)
 def key_gradient_kernel(
     q, k, v, bias, key_mask, grad_out, lse, delta, grad_k, grad_v,
     tiles_t, tiles_h, tiles_w, bounds_t, bounds_h, bounds_w,
     n_t, n_h, n_w, kv_heads, groups, scale,
     LQT, LQH, LQW, LKT, LKH, LKW,
     sqb, sqt, sqh, sqw, sqn, skb, skt, skh, skw, skn, svb, svt, svh, svw, svn,
+    DT, DH, DW, WT, WH, WW,
     QT: tl.constexpr, QH: tl.constexpr, QW: tl.constexpr,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of keys of a KV head; walks the boxes of queries that see the tile."""
@@ -316,11 +324,11 @@ def key_gradient_kernel(
     residue_h, low_h, high_h = _tile(tiles_h, ih, 0), _tile(tiles_h, ih, 3), _tile(tiles_h, ih, 4)
     residue_w, low_w, high_w = _tile(tiles_w, iw, 0), _tile(tiles_w, iw, 3), _tile(tiles_w, iw, 4)
     dim, dim_v = tl.arange(0, BD), tl.arange(0, BDV)
-    k_rows = k + batch.to(tl.int64) * skb + kv_head * skn
-    k_rows += _row_offset(at, ah, aw, skt, skh, skw)
+    k_rows = batch.to(tl.int64) * skb + kv_head * skn
+    k_rows = k + (k_rows + _row_offset(at, ah, aw, skt, skh, skw)) * ALIGN
     kk = tl.load(k_rows[:, None] + dim[None, :], mask=real[:, None] & (dim < D)[None, :], other=0.0)
-    v_rows = v + batch.to(tl.int64) * svb + kv_head * svn
-    v_rows += _row_offset(at, ah, aw, svt, svh, svw)
+    v_rows = batch.to(tl.int64) * svb + kv_head * svn
+    v_rows = v + (v_rows + _row_offset(at, ah, aw, svt, svh, svw)) * ALIGN
     vv = tl.load(
         v_rows[:, None] + dim_v[None, :], mask=real[:, None] & (dim_v < DV)[None, :], other=0.0
     )
@@ -347,8 +355,8 @@ def key_gradient_kernel(
         stop_t = tl.load(bounds_t + LQT + qt, mask=inside, other=0)[None, :]
         stop_h = tl.load(bounds_h + LQH + qh, mask=inside, other=0)[None, :]
         stop_w = tl.load(bounds_w + LQW + qw, mask=inside, other=0)[None, :]
-        q_rows = q + batch.to(tl.int64) * sqb + head * sqn
-        q_rows += _row_offset(qt, qh, qw, sqt, sqh, sqw)
+        q_rows = batch.to(tl.int64) * sqb + head * sqn
+        q_rows = q + (q_rows + _row_offset(qt, qh, qw, sqt, sqh, sqw)) * ALIGN
         qq = tl.load(
             q_rows[:, None] + dim[None, :], mask=inside[:, None] & (dim < D)[None, :], other=0.0
         )

@@ -70,16 +70,23 @@ def _descriptors(k: torch.Tensor, v: torch.Tensor, box: tuple[int, ...]) -> tupl
 
 
 def _sizes(tile: tuple[int, ...] | None, axes: tuple[Axis, ...], dim: int, bytes_: int) -> Tiles:
-    filled = three_axes(axes)
-    chosen = choose_tiles(filled, dim, bytes_)
+    chosen = choose_tiles(three_axes(axes), dim, bytes_) if len(tile or ()) <= len(axes) else None
     if tile is None:
+        assert chosen is not None
         return chosen
-    query = (1,) * (3 - len(tile)) + tuple(tile)
-    if any(size & (size - 1) for size in query) or math.prod(query) < 16:
-        raise ValueError(
-            f"q_tile_shape must hold powers of two with a product of at least 16, not {tile}"
-        )
-    return Tiles((query[0], query[1], query[2]), chosen.key, chosen.warps, chosen.stages)
+    rank = len(axes)
+    shapes = []
+    for name, given in (("q_tile_shape", tile[:rank]), ("kv_tile_shape", tile[rank:])):
+        shape = (1,) * (3 - len(given)) + tuple(given)
+        if given and (min(shape) < 1 or any(n & (n - 1) for n in shape) or math.prod(shape) < 16):
+            raise ValueError(
+                f"{name} must hold powers of two with a product of at least 16, not {given}"
+            )
+        shapes.append((shape[0], shape[1], shape[2]))
+    if chosen is not None:
+        return Tiles(shapes[0], chosen.key, chosen.warps, chosen.stages)
+    large = math.prod(shapes[0]) * math.prod(shapes[1]) >= 128 * 128 or dim >= 128
+    return Tiles(shapes[0], shapes[1], 8 if large else 4, 2)
 
 
 def _common(
@@ -92,23 +99,21 @@ def _common(
     key_mask: torch.Tensor | None,
 ) -> tuple[list[Any], dict[str, Any]]:
     """Strides and constants that all kernels take in the same places."""
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:5]]
+    align = math.gcd(16, *strides)
     numbers = [*q.shape[1:4], *k.shape[1:4]]
-    for x in (q, k, v):
-        numbers += x.stride()[:5]
-    names = ("QT", "QH", "QW", "KT", "KH", "KW", "DT", "DH", "DW", "WT", "WH", "WW")
-    values = (
-        *tiles.query,
-        *tiles.key,
-        *(axis.dilation for axis in axes),
-        *(axis.window for axis in axes),
-    )
-    constants = dict(zip(names, values, strict=True))
+    numbers += [stride // align for stride in strides]
+    numbers += [axis.dilation for axis in axes]
+    numbers += [axis.window for axis in axes]
+    names = ("QT", "QH", "QW", "KT", "KH", "KW")
+    constants = dict(zip(names, (*tiles.query, *tiles.key), strict=True))
     d, dv = q.shape[-1], v.shape[-1]
     constants |= {
         "D": d,
         "DV": dv,
         "BD": max(16, 1 << (d - 1).bit_length()),
         "BDV": max(16, 1 << (dv - 1).bit_length()),
+        "ALIGN": align,
         "HAS_BIAS": rpb is not None,
         "HAS_MASK": key_mask is not None,
         "num_warps": tiles.warps,
@@ -132,7 +137,8 @@ def forward(
 
     Args:
         query, key, value, rpb, key_mask, axes, scale: the problem.
-        tile: queries of a tile per axis; chosen when not given.
+        tile: queries of a tile per axis, then optionally keys of a box per axis; chosen when not
+            given.
         boxes: load keys through tensor descriptors; ``None`` does where the device can.
     """
     tiles = _sizes(tile, axes, max(key.shape[-1], value.shape[-1]), query.element_size())
