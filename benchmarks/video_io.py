@@ -34,7 +34,8 @@ from typing import Any
 
 import numpy as np
 
-READERS = ("decord", "stvision", "pyav", "torchcodec")
+# "stvision-1" is ours with one decoding thread: fewer CPU seconds, more wall time.
+READERS = ("decord", "stvision", "stvision-1", "pyav", "torchcodec")
 GRAIN = 18  # levels of noise; chosen so that 720p comes to 4 to 6 Mbit/s, which is printed
 JOBS = ("random", "full", "single", "clips")
 CLIPS = 200
@@ -74,13 +75,19 @@ def random_indices(length: int, count: int, seed: int = 1) -> list[int]:
     return sorted(int(i) for i in picks)
 
 
-def read_stvision(path: str, indices: list[int] | None, batch: int) -> int:
+def read_stvision(
+    path: str, indices: list[int] | None, batch: int, threads: int | None = None
+) -> int:
     from stvision.io import open_video
 
-    with open_video(path) as reader:
+    with open_video(path, threads=threads) as reader:
         if indices is not None:
             return len(reader.get(indices))
         return sum(map(len, reader.iter_clips(batch)))  # like the others, holds no clip meanwhile
+
+
+def read_stvision_1(path: str, indices: list[int] | None, batch: int) -> int:
+    return read_stvision(path, indices, batch, threads=1)
 
 
 def read_decord(path: str, indices: list[int] | None, batch: int) -> int:
@@ -139,6 +146,7 @@ def read_torchcodec(path: str, indices: list[int] | None, batch: int) -> int:
 
 def clips(name: str, folder: str) -> int:
     """All frames of every small file, one decoding thread each where the reader lets one say so."""
+    name = name.removesuffix("-1")
     total = 0
     for path in sorted(str(p) for p in Path(folder).glob("clip*.mp4")):
         if name == "stvision":
@@ -166,6 +174,7 @@ def clips(name: str, folder: str) -> int:
 
 
 def import_reader(name: str) -> None:
+    name = name.removesuffix("-1")
     modules = {"stvision": "stvision.io", "pyav": "av", "torchcodec": "torchcodec.decoders"}
     importlib.import_module(modules.get(name, name))
     if name == "stvision":  # what open_video would import
@@ -174,7 +183,7 @@ def import_reader(name: str) -> None:
 
 def worker(name: str, job: str, path: str, warm: str, count: int) -> dict[str, float]:
     """One measurement: CPU and wall seconds of the job, MiB of memory."""
-    read: Callable[[str, list[int] | None, int], int] = globals()[f"read_{name}"]
+    read: Callable[[str, list[int] | None, int], int] = globals()[f"read_{name.replace('-', '_')}"]
     batch = 1 if job == "single" else BATCH
     import_reader(name)
     forget_peak()
@@ -216,13 +225,13 @@ def resident_mib(key: str) -> float:
 def measure(
     jobs: Sequence[str], path: Path, warm: Path, length: int, count: int, repeats: int
 ) -> dict[str, dict[str, float]]:
-    usable = ["stvision", "pyav"]
+    usable = ["stvision", "stvision-1", "pyav"]
     usable += [name for name in ("decord", "torchcodec") if importlib.util.find_spec(name)]
     environment = os.environ | {"STVISION_BENCH_LENGTH": str(length)}
     runs: dict[tuple[str, str], list[dict[str, float]]] = {}
     for _ in range(repeats):  # interleaved, so that a busy minute hits all alike
         for job in jobs:
-            for name in (n for n in READERS if n in usable):
+            for name in (n for n in READERS if n in usable and (job, n) != ("clips", "stvision-1")):
                 command = [sys.executable, __file__, "--worker", name, job, str(path), str(warm)]
                 done = subprocess.run(
                     [*command, "--random", str(count)],

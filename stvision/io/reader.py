@@ -262,10 +262,9 @@ class VideoReader(ABC):
         if self.truncated and not self._told:
             self._told = True
             total = f" of {self.announced}" if self.announced > len(self) else ""
-            warnings.warn(
+            _warn(
                 f"{self.name}: the file is truncated or damaged; {len(self)}{total} frames can be "
-                "read",
-                stacklevel=4,
+                "read"
             )
 
     def _tell_missing(self, read: int, asked: int) -> None:
@@ -276,10 +275,7 @@ class VideoReader(ABC):
         if self.truncated and not self._told:
             fault, self._told = "truncated or damaged", True
             asked = max(asked, self.announced) if asked == len(self) else asked
-        warnings.warn(
-            f"{self.name}: the file is {fault}; {read} of {asked} frames were decoded",
-            stacklevel=4,
-        )
+        _warn(f"{self.name}: the file is {fault}; {read} of {asked} frames were decoded")
 
     def _clip(self, frames: Tensor, indices: list[int]) -> Clip:
         times = self.times[torch.tensor(indices, dtype=torch.long)]
@@ -394,6 +390,14 @@ def read_clip(
         if indices is not None:
             return reader.get(indices)
         return reader.read(num_frames=num_frames, fps=fps, start=start, end=end)
+
+
+def _warn(message: str) -> None:
+    """Warn in the name of the code that called into this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("stvision.io"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def _free_buffer(pool: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
