@@ -19,10 +19,40 @@ LN2 = tl.constexpr(0.6931471805599453)
 #: One binary serves all grids, windows and dilations: Triton must not compile anew for an integer
 #: that is 1 or a multiple of 16. What vector loads need, it learns from ``ALIGN``, the common
 #: divisor of all strides, which are passed divided by it.
-INTEGERS = (
-    "n_t n_h n_w heads groups LQT LQH LQW LKT LKH LKW "
-    "sqb sqt sqh sqw sqn skb skt skh skw skn svb svt svh svw svn DT DH DW WT WH WW"
-).split()
+INTEGERS = [
+    "n_t",
+    "n_h",
+    "n_w",
+    "heads",
+    "groups",
+    "LQT",
+    "LQH",
+    "LQW",
+    "LKT",
+    "LKH",
+    "LKW",
+    "sqb",
+    "sqt",
+    "sqh",
+    "sqw",
+    "sqn",
+    "skb",
+    "skt",
+    "skh",
+    "skw",
+    "skn",
+    "svb",
+    "svt",
+    "svh",
+    "svw",
+    "svn",
+    "DT",
+    "DH",
+    "DW",
+    "WT",
+    "WH",
+    "WW",
+]
 KEY_INTEGERS = ["kv_heads" if name == "heads" else name for name in INTEGERS]
 
 
