@@ -1,0 +1,110 @@
+"""Dual attention of DaViT (Ding et al. 2022, sections 3.1 and 3.2), for clips (B, T, H, W, C).
+
+Windows attend over space within a frame; channel groups attend over the tokens of a frame or of
+the whole clip. An image is the case T = 1.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def channel_group_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Mix channels within each head, on the arguments (..., N, heads, D) of equal shape.
+
+    Follows the released weights of DaViT, whose thirds of the qkv projection play the roles
+    softmax(key^T value / sqrt(D)) applied to query, the softmax over value's channels.
+
+    Returns:
+        (..., N, heads, D).
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if not query.shape == key.shape == value.shape:
+        raise ValueError(
+            "query, key and value must have one shape, got "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    scale = query.shape[-1] ** -0.5
+    scores = torch.einsum("...nhi,...nhj->...hij", key * scale, value)
+    weights = scores.softmax(dim=-1)
+    return torch.einsum("...hij,...nhj->...nhi", weights, query)
+
+
+class _Projected(nn.Module):
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim {dim}, got {num_heads}")
+        self.dim, self.num_heads = dim, num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 5 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must be (B, T, H, W, {self.dim}), got {tuple(x.shape)}")
+
+
+class ChannelGroupAttention(_Projected):
+    """Channel attention; `over_time` takes the tokens of all frames instead of one frame."""
+
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool = True, over_time: bool = False
+    ) -> None:
+        super().__init__(dim, num_heads, qkv_bias)
+        self.over_time = over_time
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, H, W, C) to the same shape; ValueError for another shape."""
+        self._check(x)
+        tokens = x.flatten(1, 3) if self.over_time else x.flatten(2, 3)
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        return self.proj(channel_group_attention(q, k, v).flatten(-2)).view(x.shape)
+
+
+class SpatialWindowAttention(_Projected):
+    """Attention in square windows of each frame.
+
+    Grids that the window does not divide are padded with zeros right and below. The released
+    weights were trained with the padded tokens taking part; `mask_padding` leaves them out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int = 7,
+        qkv_bias: bool = True,
+        mask_padding: bool = False,
+    ) -> None:
+        super().__init__(dim, num_heads, qkv_bias)
+        if window_size < 1:
+            raise ValueError(f"window_size must be at least 1, got {window_size}")
+        self.window_size, self.mask_padding = window_size, mask_padding
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, windows, tokens, C)."""
+        s = self.window_size
+        n, h, w, c = x.shape
+        x = x.view(n, h // s, s, w // s, s, c).transpose(2, 3)
+        return x.reshape(n, (h // s) * (w // s), s * s, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, H, W, C) to the same shape; ValueError for another shape."""
+        self._check(x)
+        b, t, h, w, c = x.shape
+        s = self.window_size
+        pad = (0, 0, 0, -w % s, 0, -h % s)
+        windows = self._windows(F.pad(x.flatten(0, 1), pad))
+        q, k, v = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        mask = None
+        if self.mask_padding and (h % s or w % s):
+            inside = F.pad(torch.ones(1, h, w, 1, device=x.device), pad)
+            mask = self._windows(inside).bool()[:, :, None, None, :, 0]
+        q, k, v = (i.transpose(-2, -3) for i in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = self.proj(out.transpose(-2, -3).flatten(-2))
+        rows, cols = -(-h // s), -(-w // s)
+        out = out.view(b * t, rows, cols, s, s, c).transpose(2, 3)
+        return out.reshape(b, t, rows * s, cols * s, c)[:, :, :h, :w]
