@@ -150,6 +150,7 @@ def run(command: Command) -> int:
             "model": command.model,
             "seed": command.seed,
             "device": str(device),
+            "fast": command.fast,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "memory_plan": None if plan is None else plan.to_dict(),
             **result.to_dict(),

@@ -59,6 +59,17 @@ def test_json_says_what_was_done(model, clip, tmp_path, capsys):
     assert Image.open(output).n_frames == 8
 
 
+@pytest.mark.gpu
+def test_fast_mode_writes_the_same_pictures(model, clip, tmp_path):
+    made = []
+    for name, words in {"plain": (), "fast": ("--fast", "--memory", "8GB")}.items():
+        output = tmp_path / f"{name}.png"
+        given = ("--prompt", "open the drawer", "--model", model, "--device", "cuda")
+        assert predict(clip, *given, "-o", output, "--quiet", "--num-frames", 8, *words) == 0
+        made.append(pixels(output))
+    assert abs(made[0] - made[1]).max() <= 1
+
+
 def test_seed_sentence_and_start_matter(model, clip, tmp_path):
     def frames(name, *words):
         output = tmp_path / f"{name}.png"
