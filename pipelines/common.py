@@ -69,7 +69,8 @@ class VideoPipeline(DiffusionPipeline):
             name: ``"default"`` for the weights that ship with the project, a local folder, or a
                 hub repository ``"owner/name"``.
             kwargs: as for diffusers' ``DiffusionPipeline.from_pretrained``: ``dtype`` (or its
-                older name ``torch_dtype``), ``variant``, ``local_files_only``, components that replace those of the folder, ...
+                older name ``torch_dtype``), ``variant``, ``local_files_only``, components that
+                replace those of the folder, ...
 
         Raises:
             FileNotFoundError: there is no such folder.
