@@ -3,8 +3,14 @@
 from torch import nn
 
 from stvision.attention.dispatch import BACKENDS, dispatch_attention
+from stvision.attention.dual import ChannelGroupAttention, SpatialWindowAttention
 from stvision.attention.full import FullAttention
 from stvision.attention.neighborhood import NeighborhoodAttention
+from stvision.attention.neighborhood_modules import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+)
 from stvision.attention.seer_window import SeerWindowAttention, windowed_causal_attention
 from stvision.attention.temporal import TemporalAttention
 from stvision.attention.volume import VolumeAttention
@@ -20,9 +26,14 @@ ATTENTIONS: dict[str, type[nn.Module]] = {
 __all__ = [
     "ATTENTIONS",
     "BACKENDS",
+    "ChannelGroupAttention",
     "FullAttention",
     "NeighborhoodAttention",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
     "SeerWindowAttention",
+    "SpatialWindowAttention",
     "TemporalAttention",
     "VolumeAttention",
     "dispatch_attention",
