@@ -75,7 +75,7 @@ def run(command: Command) -> None:
     torch.nn.Module.to(unet, dtype)
     torch.nn.Module.to(fstext, dtype)
     pipeline = SeerPipeline(
-        vae=AutoencoderKL.from_pretrained(command.sd, subfolder="vae", torch_dtype=dtype),
+        vae=AutoencoderKL.from_pretrained(command.sd, subfolder="vae").to(dtype),
         unet=unet,
         fstext=fstext,
         scheduler=make_scheduler(command.schedule),

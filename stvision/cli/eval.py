@@ -249,9 +249,7 @@ def run_predict(command: Predict) -> int:
         models[command.baseline_name] = command.baseline
     pipelines = {}
     for column, name in models.items():
-        pipelines[column] = SeerPipeline.from_pretrained(
-            name, torch_dtype=getattr(torch, command.dtype)
-        )
+        pipelines[column] = SeerPipeline.from_pretrained(name, dtype=getattr(torch, command.dtype))
         pipelines[column].set_progress_bar_config(disable=True)
 
     # 2. Clips, at the length and size of the model
