@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from stvision.datasets.records import Record, Skipped
+from stvision.datasets.records import Record, Skipped, worker_context
 
 Shape = tuple[int, int, int]
 
@@ -234,4 +234,5 @@ def make_loader(
         timeout=timeout if workers else 0,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        multiprocessing_context=worker_context(workers),
     )

@@ -6,12 +6,14 @@ silently: entries that are unusable by what the annotations say are counted when
 clips that turn out broken when they are read; :class:`Tally` says both in one line.
 """
 
+import copy
 import hashlib
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -238,7 +240,9 @@ class ClipDataset(Dataset):
             meta["fps"] = clip.fps
         return Record(clip.frames, clip.times, captions[pick], entry.key, meta)
 
-    def _decode(self, entry: Entry, generator: torch.Generator) -> Any:
+    @contextmanager
+    def _opened(self, entry: Entry) -> Iterator[Any]:
+        """A reader of the clip; everything that goes wrong with it is a :class:`ClipError`."""
         from stvision.io import open_video
         from stvision.io.images import open_stills
 
@@ -251,14 +255,38 @@ class ClipDataset(Dataset):
                 reader = open_video(entry.source, self.backend)
             assert reader is not None
             with reader:
-                clip = reader.get(self._choose(entry, reader.times, generator))
+                yield reader
         except FileNotFoundError as error:
             raise ClipError("missing", f"{entry.key}: {error}") from error
         except ClipError:
             raise
         except (ValueError, IndexError, OSError, RuntimeError) as error:
             raise ClipError("broken", f"{entry.key}: {error}") from error
+
+    def _decode(self, entry: Entry, generator: torch.Generator) -> Any:
+        with self._opened(entry) as reader:
+            clip = reader.get(self._choose(entry, reader.times, generator))
         return self._fit(clip)
+
+    def measure(self, index: int) -> tuple[int, int, int]:
+        """Frames that a record could have at most, and height and width of the source, undecoded.
+
+        Raises:
+            ClipError: the clip cannot be opened.
+        """
+        entry = self.entries[index]
+        with self._opened(entry) as reader:
+            return len(self._candidates(entry, reader.times)), reader.height, reader.width
+
+    def reshaped(
+        self, num_frames: int, size: tuple[int, int], indices: Sequence[int] | None = None
+    ) -> "ClipDataset":
+        """The same data set with clips of another shape; only those of ``indices`` when given."""
+        twin = copy.copy(self)
+        twin.num_frames, twin.size = num_frames, size
+        if indices is not None:
+            twin.entries = [self.entries[index] for index in indices]
+        return twin
 
     def _fit(self, clip: Any) -> Any:
         if self.size is not None and (clip.height, clip.width) != self.size:
@@ -268,8 +296,9 @@ class ClipDataset(Dataset):
             clip = clip.resize(*scaled).center_crop(height, width)
         return clip
 
-    def _choose(self, entry: Entry, times: Tensor, generator: torch.Generator) -> list[int]:
-        from stvision.io.sampling import fps_indices, uniform_indices
+    def _candidates(self, entry: Entry, times: Tensor) -> list[int]:
+        """Frames of the source that lie in the clip, at the asked rate."""
+        from stvision.io.sampling import fps_indices
 
         first = 0 if entry.start is None else int(torch.searchsorted(times, entry.start - 1e-6))
         stop = len(times)
@@ -279,21 +308,26 @@ class ClipDataset(Dataset):
         if not len(span):
             raise ClipError("too short", f"{entry.key}: no frames between its start and its end")
         picks = list(range(len(span))) if self.fps is None else fps_indices(span, self.fps)
-        wanted = self.num_frames
-        if wanted is not None:
-            if len(picks) < wanted:
-                raise ClipError(
-                    "too short", f"{entry.key}: {len(picks)} frames, {wanted} are asked for"
-                )
-            if self.sampling == "uniform":
-                picks = [picks[i] for i in uniform_indices(span[picks], wanted)]
-            else:
-                room = len(picks) - wanted
-                begin = room // 2
-                if self.sampling == "random":
-                    begin = int(torch.randint(room + 1, (1,), generator=generator))
-                picks = picks[begin : begin + wanted]
         return [first + pick for pick in picks]
+
+    def _choose(self, entry: Entry, times: Tensor, generator: torch.Generator) -> list[int]:
+        from stvision.io.sampling import uniform_indices
+
+        picks = self._candidates(entry, times)
+        wanted = self.num_frames
+        if wanted is None:
+            return picks
+        if len(picks) < wanted:
+            raise ClipError(
+                "too short", f"{entry.key}: {len(picks)} frames, {wanted} are asked for"
+            )
+        if self.sampling == "uniform":
+            return [picks[i] for i in uniform_indices(times[picks], wanted)]
+        room = len(picks) - wanted
+        begin = room // 2
+        if self.sampling == "random":
+            begin = int(torch.randint(room + 1, (1,), generator=generator))
+        return picks[begin : begin + wanted]
 
     def paths(self) -> list[Path]:
         """Files (or folders) that the clips come from, each once."""
@@ -357,8 +391,19 @@ class ClipDataset(Dataset):
         self, workers: int = 0, *, indices: Sequence[int], timeout: float = 300.0
     ) -> Iterator[Record | Skipped]:
         """As :meth:`iter_records`, with a :class:`Skipped` for each clip that cannot be used."""
+        yield from self._ahead(self.__getitem__, workers, indices, timeout)
+
+    def iter_shapes(
+        self, workers: int = 0, *, indices: Sequence[int], timeout: float = 300.0
+    ) -> Iterator[tuple[int, int, int] | Skipped]:
+        """:meth:`measure` of each clip, by worker processes."""
+        yield from self._ahead(self.measure, workers, indices, timeout)
+
+    def _ahead(
+        self, read: Callable[[int], Any], workers: int, indices: Sequence[int], timeout: float
+    ) -> Iterator[Any]:
         yield from DataLoader(
-            _Tolerant(self),
+            _Tolerant(self, read),
             batch_size=None,
             sampler=indices,  # type: ignore[arg-type]
             num_workers=workers,
@@ -371,24 +416,29 @@ class ClipDataset(Dataset):
 def worker_context(workers: int) -> str | None:
     """How decoding workers start: as copies of this process on Linux, else as the platform does.
 
-    A copy is there at once; a new interpreter imports everything again, tens of seconds a worker.
-    The loader gives each worker one thread, and decoders are opened only inside of workers, so
-    nothing that a copy lacks is used there.
+    A copy is there at once; a new interpreter imports everything again, seconds a worker. A copy
+    has this process's memory but only the thread that made it, so a worker must need nothing that
+    another thread held: decoders are opened, used and closed inside of a worker; torch computes
+    there with one thread (the loader sees to it), which never asks the pool that was not copied;
+    the device is not touched, batches are pinned and moved by this process; and the locks of
+    Python's imports and logging and of the allocator are reset in a copy. What must not happen
+    is that another thread draws from torch's global generator at that very moment, since every
+    worker seeds its own copy of it: start reading from the thread that trains.
     """
     return "fork" if workers and sys.platform == "linux" else None
 
 
 class _Tolerant(Dataset):
-    """The same data set with unusable clips as :class:`Skipped`."""
+    """A way of reading a data set, with unusable clips as :class:`Skipped`."""
 
-    def __init__(self, dataset: ClipDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: ClipDataset, read: Callable[[int], Any]) -> None:
+        self.dataset, self.read = dataset, read
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Record | Skipped:
+    def __getitem__(self, index: int) -> Any:
         try:
-            return self.dataset[index]
+            return self.read(index)
         except ClipError as error:
             return Skipped(self.dataset.entries[index].key, error.reason)

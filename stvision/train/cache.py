@@ -8,9 +8,10 @@ never reuses an old one. Encoders are freed before training starts.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,17 @@ from torch import Tensor
 from stvision.config import parse_config
 from stvision.datasets.records import Record
 from stvision.train.data import DataConfig, TextTable, open_reader, to_network_range
-from stvision.train.encoders import TextConfig, TextEncoder, encode_frames, load_vae
+from stvision.train.encoders import (
+    TextConfig,
+    TextEncoder,
+    component_folder,
+    encode_frames,
+    load_vae,
+    text_folders,
+)
 from stvision.train.folders import replaced_folder
 from stvision.train.state import derive_seed
-from stvision.train.store import Store, build, digest, weights_digest
+from stvision.train.store import Store, build, digest, files_digest
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +53,15 @@ class _Decoder:
             self._items = self._read(range(indices[0], len(self.reader)))
         self._position = indices[-1] + 1
         frames, entries = [], []
-        for item in islice(self._items, len(indices)):
+        for index, item in zip(indices, islice(self._items, len(indices)), strict=True):
             if not isinstance(item, Record):
                 logger.warning("left out: %s (%s)", item.key, item.reason)
                 continue
             captions = list(item.meta.get("captions") or [item.text])
             meta = {k: v for k, v in item.meta.items() if isinstance(v, str | int | float | bool)}
             frames.append(item.frames)
-            entries.append({"key": item.key, "captions": captions, "meta": meta})
-        shape = (0, self.config.num_frames, self.config.height, self.config.width, 3)
-        return torch.stack(frames) if frames else torch.empty(shape, dtype=torch.uint8), entries
+            entries.append({"index": index, "key": item.key, "captions": captions, "meta": meta})
+        return _stack(frames, self.config), entries
 
     def _read(self, indices: Sequence[int]) -> Iterator[Any]:
         if hasattr(self.reader, "iter_items"):
@@ -62,56 +69,87 @@ class _Decoder:
         return (self.reader[index] for index in indices)
 
 
-def _cut(config: DataConfig) -> dict[str, Any]:
-    """What a clip's frames depend on besides the files."""
+class _Decoded:
+    """The same out of frames that are kept already."""
+
+    def __init__(self, store: Store, config: DataConfig) -> None:
+        self.store, self.config = store, config
+        self._rows = {entry["index"]: row for row, entry in enumerate(store.entries)}
+
+    def __call__(self, indices: Sequence[int]) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Frames (n, T, H, W, C) uint8 and entries of those clips that can be used."""
+        rows = [self._rows[index] for index in indices if index in self._rows]
+        frames = [self.store.row(row)["frames"] for row in rows]
+        return _stack(frames, self.config), [self.store.entries[row] for row in rows]
+
+
+def _stack(frames: Sequence[Tensor], config: DataConfig) -> Tensor:
+    shape = (0, config.num_frames, config.height, config.width, 3)
+    return torch.stack(list(frames)) if frames else torch.empty(shape, dtype=torch.uint8)
+
+
+def _cut(config: DataConfig, split: str, reader: Any) -> dict[str, Any]:
+    """What a clip's frames depend on."""
     values = asdict(config)
     names = ("kind", "num_frames", "height", "width", "options")
-    return {name: values[name] for name in names}
+    cut = {name: values[name] for name in names}
+    return {"split": split, **cut, "files": reader.fingerprint()}
+
+
+def _frames_folder(config: DataConfig, spec: dict[str, Any]) -> Path:
+    return Path(config.cache_dir) / f"frames-{spec['split']}-{digest(spec)}"
 
 
 def cached_frames(config: DataConfig, split: str, reader: Any = None) -> Store:
     """Decoded frames ``frames`` (N, T, H, W, C) uint8 of a split; made when not there."""
     reader = open_reader(config, split) if reader is None else reader
-    spec = {"split": split, **_cut(config), "files": reader.fingerprint()}
-    folder = Path(config.cache_dir) / f"frames-{split}-{digest(spec)}"
-
+    spec = _cut(config, split, reader)
     decode = _Decoder(reader, config)
 
     def make(indices: Sequence[int]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         frames, entries = decode(indices)
         return {"frames": frames}, entries
 
-    return build(folder, len(reader), make, spec, f"frames of {split}")
+    return build(_frames_folder(config, spec), len(reader), make, spec, f"frames of {split}")
 
 
 def cached_latents(
-    config: DataConfig, split: str, vae_path: str, device: torch.device | str, seed: int = 0
+    config: DataConfig,
+    split: str,
+    vae_path: str,
+    device: torch.device | str,
+    seed: int = 0,
+    reader: Any = None,
 ) -> Store:
     """Scaled latents of a split; made when not there.
 
     ``mean`` and ``std`` (N, c, T, h, w) float16 when ``config.latents`` is "moments", else
-    ``latents`` drawn once. Frames are decoded on the way and not kept.
+    ``latents`` drawn once. Frames that :func:`cached_frames` has made are read from there; without
+    them clips are decoded on the way and their frames not kept.
     """
-    reader = open_reader(config, split)
-    vae = load_vae(vae_path, device)
+    reader = open_reader(config, split) if reader is None else reader
+    cut = _cut(config, split, reader)
     spec = {
-        "split": split,
-        **_cut(config),
+        **cut,
         "latents": config.latents,
         "seed": seed if config.latents == "sampled" else None,
-        "files": reader.fingerprint(),
-        "vae": weights_digest(vae),
-        "scale": vae.config.scaling_factor,
+        "vae": files_digest(component_folder(vae_path, "vae")),
     }
     folder = Path(config.cache_dir) / f"latents-{split}-{digest(spec)}"
-
-    decode = _Decoder(reader, config)
+    decode: Callable[[Sequence[int]], tuple[Tensor, list[dict[str, Any]]]]
+    try:
+        decode = _Decoded(Store(_frames_folder(config, cut)), config)
+    except FileNotFoundError:
+        decode = _Decoder(reader, config)
+    vae = cache(lambda: load_vae(vae_path, device))
 
     def make(indices: Sequence[int]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         frames, entries = decode(indices)
         if not entries:
             return {}, []
-        parts = [encode_frames(vae, to_network_range(part.to(device))) for part in frames.split(16)]
+        parts = [
+            encode_frames(vae(), to_network_range(part.to(device))) for part in frames.split(16)
+        ]
         mean, deviation = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
         if config.latents == "moments":
             return {"mean": mean.half(), "std": deviation.half()}, entries
@@ -123,18 +161,28 @@ def cached_latents(
 
 
 def cached_text(
-    config: DataConfig, text: TextConfig, entries: Sequence[dict[str, Any]], device: Any
+    config: DataConfig,
+    text: TextConfig,
+    entries: Sequence[dict[str, Any]],
+    encoder: Callable[[], TextEncoder],
 ) -> TextTable:
-    """States of every sentence of the entries; row 0 is the empty sentence."""
+    """States of every sentence of the entries; row 0 is the empty sentence.
+
+    Args:
+        config: where they are kept.
+        text: which encoder.
+        entries: with ``captions``.
+        encoder: makes the encoder; called when something is to be computed.
+    """
     sentences = sorted({caption for entry in entries for caption in entry["captions"]} - {""})
     sentences.insert(0, "")
     row = {sentence: index for index, sentence in enumerate(sentences)}
     chosen = [[row[caption] for caption in entry["captions"]] for entry in entries]
-    encoder = TextEncoder(text, device)
-    key = digest([sentences, encoder.max_length, weights_digest(encoder.model)])
+    key = digest([sentences, text.max_length, files_digest(*text_folders(text))])
     folder = Path(config.cache_dir) / f"text-{key}"
     if not (folder / "text.safetensors").is_file():
-        parts = [encoder(sentences[i : i + 64]).half().cpu() for i in range(0, len(sentences), 64)]
+        encode = encoder()
+        parts = [encode(sentences[i : i + 64]).half().cpu() for i in range(0, len(sentences), 64)]
         with replaced_folder(folder) as temporary:
             save_file({"states": torch.cat(parts)}, temporary / "text.safetensors")
     return TextTable(load_file(folder / "text.safetensors")["states"], chosen)
@@ -183,6 +231,7 @@ def fill(config: CacheConfig) -> dict[str, int]:
     """Compute what is missing for both splits; number of clips by split."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     counts = {}
+    encoder = cache(lambda: TextEncoder(config.text, device))
     for split in (config.data.split, config.data.validation_split):
         if config.data.cache == "latents":
             if config.vae is None:
@@ -192,7 +241,7 @@ def fill(config: CacheConfig) -> dict[str, int]:
             store = cached_frames(config.data, split)
         else:
             raise ValueError("data.cache is 'off': there is nothing to compute")
-        cached_text(config.data, config.text, store.entries, device)
+        cached_text(config.data, config.text, store.entries, encoder)
         counts[split] = len(store)
     return counts
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stvision.datasets.batching import BucketBatchSampler
-from stvision.datasets.records import worker_context
+from stvision.datasets.records import Tally, worker_context
 from stvision.train.state import derive_seed
 
 #: kind of data set -> "module:class" of its reader
@@ -41,6 +41,13 @@ class DataConfig:
     """Pixels."""
     width: int = 64
     """Pixels."""
+    buckets: tuple[tuple[int, int, int], ...] = ()
+    """Shapes (frames, height, width) of a training with mixed lengths and sizes: each clip is cut
+    to the one that fits it best, and every batch has one shape. Needs resident=false. Validation
+    keeps to num_frames, height and width."""
+    leftover: Literal["drop", "pad", "keep"] = "drop"
+    """With a loader: what happens to clips that do not fill the last batch of their shape. They
+    are left to other epochs, or filled up with clips of this one, or make a smaller batch."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the reader, such as `cameras` or `index`."""
     cache: Literal["off", "frames", "latents"] = "latents"
@@ -59,10 +66,29 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.resident and self.cache == "off":
             raise ValueError("resident=true needs a cache: set cache to 'frames' or 'latents'")
+        if self.buckets and self.resident:
+            raise ValueError("buckets need a loader: set resident to false")
+        if self.buckets and self.kind == "packed":
+            raise ValueError("packed clips have one shape: buckets need another kind of data")
+        for bucket in self.buckets:
+            if min(bucket) < 1:
+                raise ValueError(f"a bucket is (frames, height, width), all above 0, got {bucket}")
+        if len(set(self.buckets)) != len(self.buckets):
+            raise ValueError(f"buckets must differ, got {self.buckets}")
+
+    @property
+    def frame_counts(self) -> tuple[int, ...]:
+        """Every length that a clip may have, in training and in validation."""
+        return tuple(sorted({self.num_frames, *(bucket[0] for bucket in self.buckets)}))
 
 
-def open_reader(config: DataConfig, split: str) -> Any:
+def open_reader(config: DataConfig, split: str, num_frames: int | None = None) -> Any:
     """The data set of a split: a sequence of records ``frames, times, text, key, meta``.
+
+    Args:
+        config: which, cut how.
+        split: which part of it.
+        num_frames: instead of the configuration's.
 
     Raises:
         FileNotFoundError: no such folder or index.
@@ -72,7 +98,7 @@ def open_reader(config: DataConfig, split: str) -> Any:
     return cls(
         config.root,
         split=split,
-        num_frames=config.num_frames,
+        num_frames=num_frames or config.num_frames,
         size=(config.height, config.width),
         **config.options,
     )
@@ -220,6 +246,10 @@ class LoaderSource:
         workers: processes that read ahead; 0 reads in this process.
         finish: turns a batch on the device into what the task reads, such as by encoding text.
         timeout: seconds without an answer after which the workers are given up.
+        name: of the data, in the line that says what was left out.
+
+    A batch may hold ``"skipped"``, (key, reason) of clips in whose place others were taken; they
+    are counted, each once.
     """
 
     def __init__(
@@ -233,7 +263,10 @@ class LoaderSource:
         workers: int = 0,
         finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         timeout: float = 600.0,
+        name: str = "training data",
     ) -> None:
+        self.tally = Tally(name)
+        self._left_out: set[str] = set()
         self.dataset, self.sampler, self.collate = dataset, sampler, collate
         self.seed, self.device, self.workers = seed, torch.device(device), workers
         self.finish, self.timeout = finish, timeout
@@ -250,7 +283,6 @@ class LoaderSource:
             pin_memory=self.device.type == "cuda",
             timeout=self.timeout if self.workers else 0,
             generator=torch.Generator().manual_seed(0),
-            # this process holds threads and a device, which a fork would not survive
             multiprocessing_context=worker_context(self.workers),
         )
         return iter(loader)
@@ -263,6 +295,10 @@ class LoaderSource:
         self.consumed += 1
         if self.consumed == len(self.sampler):
             self.epoch, self.consumed = self.epoch + 1, 0
+        for key, reason in found.pop("skipped", ()):
+            if key not in self._left_out:
+                self._left_out.add(key)
+                self.tally.skip(reason, key)
         moved = {
             name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in found.items()
@@ -278,4 +314,7 @@ class LoaderSource:
         self.epoch, self.consumed, self._batches = state["epoch"], state["consumed"], None
 
     def report(self) -> None:
-        """Nothing yet."""
+        """Log one line about the clips in whose place others were taken so far, if any."""
+        if self.tally.skipped:
+            self.tally.kept = sum(map(len, self.sampler.buckets.values())) - self.tally.skipped
+            self.tally.report()

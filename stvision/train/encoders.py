@@ -1,5 +1,8 @@
 """Frozen networks in front of the trained one: text encoder and image autoencoder."""
 
+import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,12 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from stvision.models.text import default_max_length, encode_text, load_packaged_minilm
+from stvision.models.text import (
+    default_max_length,
+    encode_text,
+    load_packaged_minilm,
+    packaged_minilm_folder,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class TextEncoder:
         if config.encoder == "minilm":
             self.tokenizer, self.model = load_packaged_minilm()
         else:
-            self.tokenizer, self.model = _load_text(Path(config.encoder))
+            self.tokenizer, self.model = _load_text(*text_folders(config))
         self.model = self.model.to(device).eval().requires_grad_(False)
         self.max_length = config.max_length or default_max_length(self.tokenizer)
 
@@ -43,18 +51,31 @@ class TextEncoder:
         return encode_text(self.tokenizer, self.model, texts, self.max_length).float()
 
 
-def _load_text(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
+def text_folders(config: TextConfig) -> list[Path]:
+    """Where the files of tokenizer and encoder lie.
 
+    Raises:
+        FileNotFoundError: they are not there.
+    """
+    if config.encoder == "minilm":
+        return [packaged_minilm_folder()]
+    folder = Path(config.encoder)
     if not (folder / "text_encoder").is_dir() or not (folder / "tokenizer").is_dir():
         raise FileNotFoundError(
             f"{folder} must hold the folders tokenizer and text_encoder, as a diffusers pipeline has"
         )
-    inner = folder / "text_encoder"
-    kind = AutoConfig.from_pretrained(inner, local_files_only=True).model_type
+    return [folder / "tokenizer", folder / "text_encoder"]
+
+
+def _load_text(tokenizer: Path, encoder: Path) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
+
+    kind = AutoConfig.from_pretrained(encoder, local_files_only=True).model_type
     cls: Any = CLIPTextModel if kind.startswith("clip") else AutoModel
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    return tokenizer, cls.from_pretrained(inner, local_files_only=True)
+    return (
+        AutoTokenizer.from_pretrained(tokenizer, local_files_only=True),
+        cls.from_pretrained(encoder, local_files_only=True),
+    )
 
 
 def load_vae(path: str, device: torch.device | str = "cpu") -> Any:
@@ -74,6 +95,39 @@ def component_folder(path: str, name: str) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise FileNotFoundError(f"{path} is neither a {name} folder nor a pipeline folder with {name}/")
+
+
+def check_sizes(path: str, sizes: Iterable[tuple[int, int]]) -> None:
+    """See to it that a VAE's latents have whole sizes, before anything costly is done.
+
+    Args:
+        path: folder of the VAE, or of a pipeline.
+        sizes: (height, width), pixels.
+
+    Raises:
+        FileNotFoundError: no VAE there.
+        ValueError: a size that the VAE's factor does not divide; the nearest ones are named.
+    """
+    config = json.loads((component_folder(path, "vae") / "config.json").read_text())
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    for height, width in sizes:
+        if height % factor or width % factor:
+            near = " or ".join(
+                f"{h} x {w}"
+                for h, w in sorted(
+                    {
+                        (
+                            max(1, step(height / factor)) * factor,
+                            max(1, step(width / factor)) * factor,
+                        )
+                        for step in (math.floor, math.ceil)
+                    }
+                )
+            )
+            raise ValueError(
+                f"frames of {height} x {width} pixels do not suit {path}, whose latents are {factor} "
+                f"times smaller; take {near}"
+            )
 
 
 @torch.no_grad()

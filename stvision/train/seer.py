@@ -84,10 +84,10 @@ class SeerConfig:
     """Precision of the exported weights."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.cond_frames < self.data.num_frames:
+        shortest = self.data.frame_counts[0]
+        if not 1 <= self.cond_frames < shortest:
             raise ValueError(
-                f"cond_frames must be between 1 and {self.data.num_frames - 1}, got "
-                f"{self.cond_frames}"
+                f"cond_frames must be between 1 and {shortest - 1}, got {self.cond_frames}"
             )
         if self.base is None and self.image_layers != "trained":
             raise ValueError(
@@ -343,19 +343,19 @@ def build_fstext(config: SeerConfig, text: Tensor) -> FSTextDecomposer:
     """A fresh decomposer for text states (..., L, D), sized to the clips unless told otherwise."""
     sizes = {
         "dim": text.shape[-1],
-        "max_frames": config.data.num_frames,
+        "max_frames": config.data.frame_counts[-1],
         "max_tokens": text.shape[-2],
     }
     return FSTextDecomposer(**{**sizes, **config.fstext})
 
 
 class _Decomposer(nn.Module):
-    def __init__(self, fstext: FSTextDecomposer, frames: int) -> None:
+    def __init__(self, fstext: FSTextDecomposer) -> None:
         super().__init__()
-        self.fstext, self.frames = fstext, frames
+        self.fstext = fstext
 
-    def forward(self, text: Tensor) -> dict[str, Tensor]:
-        return {"loss": identity_loss(self.fstext(text, self.frames), text)}
+    def forward(self, text: Tensor, frames: int) -> dict[str, Tensor]:
+        return {"loss": identity_loss(self.fstext(text, frames), text)}
 
 
 class FSTextTask(Task):
@@ -364,11 +364,12 @@ class FSTextTask(Task):
     def __init__(self, config: SeerConfig, text: Tensor) -> None:
         with seeded(config.seed):
             self.fstext = build_fstext(config, text)
-        self.model = _Decomposer(self.fstext, config.data.num_frames)
+        self.model = _Decomposer(self.fstext)
 
     def inputs(self, batch: Batch, generator: torch.Generator) -> dict[str, Any]:
-        """The sentences."""
-        return {"text": batch["text"].float()}
+        """The sentences, and the length of their clips."""
+        clips = batch["latents"] if "latents" in batch else batch["mean"]
+        return {"text": batch["text"].float(), "frames": clips.shape[2]}
 
     def export(self, folder: Path) -> None:
         """Write the decomposer as a model folder."""

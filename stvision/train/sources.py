@@ -1,10 +1,11 @@
 """Put together what a task's configuration names: reader, cache, text, source of batches."""
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from stvision.datasets.batching import BucketBatchSampler
-from stvision.datasets.records import ClipError, Record
+from stvision.datasets.records import ClipError, Skipped
+from stvision.train.buckets import Part, open_parts
 from stvision.train.cache import cached_frames, cached_latents, cached_text, main_process_first
 from stvision.train.data import (
     DataConfig,
@@ -22,11 +24,10 @@ from stvision.train.data import (
     open_reader,
     to_network_range,
 )
-from stvision.train.encoders import TextConfig, TextEncoder, encode_frames, load_vae
-from stvision.train.loop import LoopConfig, Source
+from stvision.train.encoders import TextConfig, TextEncoder, check_sizes, encode_frames, load_vae
+from stvision.train.loop import Source
+from stvision.train.options import LoopConfig
 from stvision.train.store import Store
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,14 +58,18 @@ class Prepared:
 
 
 class _StoredItems(Dataset):
-    """Clips of a store, read from the disk one by one; the sentence is drawn by the item's seed."""
+    """Clips of stores, read from the disk one by one; the sentence is drawn by the item's seed."""
 
-    def __init__(self, store: Store, text: TextTable | None, extra: dict[str, Tensor]) -> None:
-        self.store, self.text, self.extra = store, text, extra
+    def __init__(
+        self, stores: Sequence[Store], text: TextTable | None, extra: dict[str, Tensor]
+    ) -> None:
+        self.places = [(store, row) for store in stores for row in range(len(store))]
+        self.text, self.extra = text, extra
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         index, seed = place
-        item: dict[str, Any] = self.store.row(index)
+        store, row = self.places[index]
+        item: dict[str, Any] = store.row(row)
         item |= {name: tensor[index] for name, tensor in self.extra.items()}
         if self.text is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -73,24 +78,41 @@ class _StoredItems(Dataset):
 
 
 class _ReadItems(Dataset):
-    """Clips decoded anew each time; a broken one is replaced by the next one that can be read."""
+    """Clips decoded anew each time; a broken one is replaced by the next of its shape.
 
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
+    What was left out for an item stands in its ``"skipped"``, (key, reason) each.
+    """
+
+    def __init__(self, readers: Sequence[Any]) -> None:
+        self.places = [(reader, row) for reader in readers for row in range(len(reader))]
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         index, seed = place
-        for offset in range(100):
+        reader, row = self.places[index]
+        skipped: list[tuple[str, str]] = []
+        for offset in range(min(100, len(reader))):
+            found = (row + offset) % len(reader)
             try:
-                record = self.reader[(index + offset) % len(self.reader), seed]
-            except (ClipError, OSError) as error:
-                logger.warning("another clip takes the place of one that cannot be read: %s", error)
+                record = reader[found, seed]
+            except ClipError as error:
+                skipped.append((reader.entries[found].key, error.reason))
                 continue
-            if not isinstance(record, Record):
+            if isinstance(record, Skipped):
+                skipped.append((record.key, record.reason))
                 continue
             captions = record.meta.get("captions") or [record.text]
-            return {"frames": record.frames, "caption": captions[seed % len(captions)]}
-        raise ValueError(f"100 clips in a row from {index} on could not be read")
+            caption = captions[seed % len(captions)]
+            return {"frames": record.frames, "caption": caption, "skipped": skipped}
+        raise ValueError(
+            f"{len(skipped)} clips in a row could not be read, the first for being "
+            f"{skipped[0][1]}: {skipped[0][0]}"
+        )
+
+
+def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack items; what was left out for them is joined to one list."""
+    skipped = [pair for item in items for pair in item.pop("skipped", [])]
+    return {**default_collate(items), "skipped": skipped}
 
 
 def prepare(
@@ -119,33 +141,42 @@ def prepare(
     """
     shared = {"seed": seed, "rank": accelerator.process_index, "world": accelerator.num_processes}
     device = accelerator.device
+    if vae is not None:
+        shapes = {(height, width) for _, height, width in data.buckets}
+        check_sizes(vae, sorted(shapes | {(data.height, data.width)}))
     if data.cache == "off":
         return _uncached(data, loop, accelerator, shared, text, vae)
 
+    encoder = cache(lambda: TextEncoder(cast(TextConfig, text), device))
+
+    def stored(split: str, parts: list[Part]) -> list[Store]:
+        if vae is None:
+            return [cached_frames(cut, split, reader) for cut, reader in parts]
+        return [cached_latents(cut, split, vae, device, seed, reader) for cut, reader in parts]
+
     with main_process_first(accelerator, Path(data.cache_dir)):
-        stores = []
-        for split in (data.split, data.validation_split):
-            if vae is None:
-                stores.append(cached_frames(data, split))
-            else:
-                stores.append(cached_latents(data, split, vae, device, seed))
+        stores = stored(data.split, open_parts(data, data.split))
+        validation = replace(data, buckets=())
+        held_store = stored(data.validation_split, open_parts(validation, data.validation_split))[0]
+        entries = [entry for store in stores for entry in store.entries]
         tables = [
-            None if text is None else cached_text(data, text, store.entries, device)
-            for store in stores
+            None if text is None else cached_text(data, text, part, encoder)
+            for part in (entries, held_store.entries)
         ]
-    store, table = stores[0], tables[0]
+    encoder.cache_clear()
+    table = tables[0]
     extra: dict[str, Tensor] = {}
-    held = _hold(stores[1], tables[1], data.validation_clips)
+    held = _hold(held_store, tables[1], data.validation_clips)
     names: list[str] = []
     if labels is not None:
-        found = {str(entry["meta"].get(label_key)) for entry in store.entries}
+        found = {str(entry["meta"].get(label_key)) for entry in entries}
         names = sorted(found) if labels == "all" else list(labels)
-        extra["label"] = label_tensor(store.entries, names, label_key)
+        extra["label"] = label_tensor(entries, names, label_key)
         held.tensors["label"] = label_tensor(held.entries, names, label_key)
     source: Source
     if data.resident:
         source = ResidentSource(
-            {**store.load(), **extra},
+            {**stores[0].load(), **extra},
             loop.batch_size,
             loop.gradient_accumulation_steps,
             device=device,
@@ -154,25 +185,27 @@ def prepare(
         )
     else:
         source = LoaderSource(
-            _StoredItems(store, table, extra),
-            _sampler(len(store), loop, accelerator, seed),
+            _StoredItems(stores, table, extra),
+            _sampler([len(store) for store in stores], data, loop, accelerator, seed),
             default_collate,
             seed=seed,
             device=device,
             workers=data.workers,
+            name=data.root,
         )
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the encoders are gone
-    return Prepared(source, held, store.entries, names)
+    return Prepared(source, held, entries, names)
 
 
 def _sampler(
-    count: int, loop: LoopConfig, accelerator: Accelerator, seed: int
+    counts: Sequence[int], data: DataConfig, loop: LoopConfig, accelerator: Accelerator, seed: int
 ) -> BucketBatchSampler:
-    # readers and caches give every clip one shape, so there is one bucket
+    """Batches of parts with so many clips, each part of one shape."""
     return BucketBatchSampler(
-        [()] * count,
+        [number for number, count in enumerate(counts) for _ in range(count)],
         loop.batch_size,
+        leftover=data.leftover,
         seed=seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -224,6 +257,7 @@ def _uncached(
 
     def finish(batch: dict[str, Any]) -> dict[str, Any]:
         captions = batch.pop("caption")
+        batch.pop("skipped", None)
         if encoder is not None:
             batch["text"] = encoder(list(captions))
         if vae is not None:
@@ -231,20 +265,23 @@ def _uncached(
             batch["mean"], batch["std"] = encode_frames(vae, frames, chunk=32)
         return batch
 
-    reader = open_reader(data, data.split)
+    with main_process_first(accelerator, Path(data.cache_dir)) if data.buckets else nullcontext():
+        readers = [reader for _, reader in open_parts(data, data.split)]
     source = LoaderSource(
-        _ReadItems(reader),
-        _sampler(len(reader), loop, accelerator, shared["seed"]),
-        default_collate,
+        _ReadItems(readers),
+        _sampler([len(reader) for reader in readers], data, loop, accelerator, shared["seed"]),
+        _collate,
         seed=shared["seed"],
         device=device,
         workers=data.workers,
         finish=finish,
+        name=data.root,
     )
     held_reader = open_reader(data, data.validation_split)
     count = min(data.validation_clips, len(held_reader))
     places = torch.linspace(0, len(held_reader) - 1, count).round().long().tolist()
-    items = default_collate([_ReadItems(held_reader)[p, 0] for p in places])
+    held_items = _ReadItems([held_reader])
+    items = _collate([held_items[place, 0] for place in places])
     captions = list(items["caption"])
     batch = finish({**items, "frames": items["frames"].to(device)})
     states = batch.pop("text", None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 #: clips in a shard
@@ -28,12 +28,14 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 
-def weights_digest(module: nn.Module) -> str:
-    """Short hash of a network's weights."""
+def files_digest(*folders: Path) -> str:
+    """Short hash of the names and contents of all files in folders, such as a stored network."""
     state = hashlib.blake2b(digest_size=10)
-    for name, tensor in sorted(module.state_dict().items()):
-        state.update(name.encode())
-        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for folder in folders:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            state.update(file.relative_to(folder).as_posix().encode())
+            with file.open("rb") as stream:
+                state.update(hashlib.file_digest(stream, "blake2b").digest())
     return state.hexdigest()
 
 
