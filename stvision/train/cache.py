@@ -38,6 +38,9 @@ from stvision.train.store import Store, build, digest, files_digest
 
 logger = logging.getLogger(__name__)
 
+#: of entries and tensors; another one makes caches of before unused
+LAYOUT = 2
+
 
 class _Decoder:
     """Frames of a reader's clips in rising order, decoded ahead by one set of workers."""
@@ -93,7 +96,7 @@ def _cut(config: DataConfig, split: str, reader: Any) -> dict[str, Any]:
     values = asdict(config)
     names = ("kind", "num_frames", "height", "width", "options")
     cut = {name: values[name] for name in names}
-    return {"split": split, **cut, "files": reader.fingerprint()}
+    return {"split": split, **cut, "files": reader.fingerprint(), "layout": LAYOUT}
 
 
 def _frames_folder(config: DataConfig, spec: dict[str, Any]) -> Path:
