@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,17 @@ def _math(
     return out.to(query.dtype)
 
 
+def load_xformers() -> Any:
+    """The module ``xformers.ops``; ImportError with the command that installs it."""
+    try:
+        return importlib.import_module("xformers.ops")
+    except (ImportError, OSError) as error:
+        raise ImportError(
+            f"attention backend 'xformers' does not load ({error}); "
+            "install it with: pip install --no-deps xformers"
+        ) from error
+
+
 def _xformers(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
@@ -64,13 +76,7 @@ def _xformers(
             f"attention backend 'xformers' needs tensors on a CUDA device, got {query.device}; "
             "use backend='sdpa' or 'math'"
         )
-    try:
-        ops = importlib.import_module("xformers.ops")
-    except (ImportError, OSError) as error:
-        raise ImportError(
-            f"attention backend 'xformers' does not load ({error}); "
-            "install it with: pip install --no-deps xformers"
-        ) from error
+    ops = load_xformers()
     bias = ops.LowerTriangularMask() if causal else None
     return ops.memory_efficient_attention(query, key, value, attn_bias=bias, scale=scale)
 

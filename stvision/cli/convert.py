@@ -1,5 +1,6 @@
 """``stvision convert``: published weights into a pipeline folder."""
 
+import json as json_module
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,6 +38,12 @@ class Command:
     num_reference_frames: int | None = None
     """Reference frames that they were trained on (default: 2 for "sthv2_seer", else 1)."""
 
+    local_files_only: bool = False
+    """Never ask the network for Stable Diffusion: a folder, or what the hub's cache holds."""
+
+    json: bool = False
+    """Print one JSON object about the result instead of a sentence."""
+
 
 def run(command: Command) -> None:
     """Convert, write, and say where."""
@@ -64,9 +71,10 @@ def run(command: Command) -> None:
     from stvision.pipelines.seer import SeerPipeline
 
     dtype = getattr(torch, command.dtype)
+    hub = {"local_files_only": command.local_files_only}
     find_release(command.path)
     try:
-        config = UNet2DConditionModel.load_config(command.sd, subfolder="unet")
+        config = UNet2DConditionModel.load_config(command.sd, subfolder="unet", **hub)
     except OSError as error:
         raise FileNotFoundError(
             f"--sd {command.sd} is no diffusers folder or hub name of Stable Diffusion: {error}"
@@ -75,13 +83,13 @@ def run(command: Command) -> None:
     torch.nn.Module.to(unet, dtype)
     torch.nn.Module.to(fstext, dtype)
     pipeline = SeerPipeline(
-        vae=AutoencoderKL.from_pretrained(command.sd, subfolder="vae").to(dtype),
+        vae=AutoencoderKL.from_pretrained(command.sd, subfolder="vae", **hub).to(dtype),
         unet=unet,
         fstext=fstext,
         scheduler=make_scheduler(command.schedule),
-        tokenizer=AutoTokenizer.from_pretrained(command.sd, subfolder="tokenizer"),
+        tokenizer=AutoTokenizer.from_pretrained(command.sd, subfolder="tokenizer", **hub),
         text_encoder=CLIPTextModel.from_pretrained(
-            command.sd, subfolder="text_encoder", dtype=dtype
+            command.sd, subfolder="text_encoder", dtype=dtype, **hub
         ),
         num_frames=frames,
         num_reference_frames=references,
@@ -90,4 +98,15 @@ def run(command: Command) -> None:
     )
     pipeline.save_pretrained(command.output)
     parameters = sum(p.numel() for p in (*unet.parameters(), *fstext.parameters()))
-    print(f"wrote {command.output} ({parameters / 1e6:.1f} M converted parameters)")
+    if command.json:
+        report = {
+            "output": str(command.output),
+            "converted_parameters": parameters,
+            "num_frames": frames,
+            "num_reference_frames": references,
+            "schedule": command.schedule,
+            "dtype": command.dtype,
+        }
+        print(json_module.dumps(report))
+    else:
+        print(f"wrote {command.output} ({parameters / 1e6:.1f} M converted parameters)")

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 
@@ -47,6 +48,10 @@ REQUIRED = (
     "safetensors",
     "av",
     "numpy",
+    "pillow",
+    "pydantic",
+    "pyyaml",
+    "tqdm",
     "tyro",
 )
 
@@ -100,6 +105,13 @@ def _try_minilm() -> str:
     return "text encoder of the default model is there"
 
 
+def _try_stlpips() -> str:
+    from stvision.eval.metrics.lpips import packaged_weights
+
+    packaged_weights()
+    return "weights of the perceptual distance are there"
+
+
 def _try_plain(module: str) -> Callable[[], str]:
     def probe() -> str:
         importlib.import_module(module)
@@ -125,7 +137,7 @@ OPTIONAL: dict[str, tuple[Callable[[], str], str]] = {
     "gradio": (_try_plain("gradio"), "pip install 'stvision[app]'"),
     "matplotlib": (_try_plain("matplotlib"), "pip install 'stvision[plot]'"),
     "stlpips-pytorch": (
-        lambda: "weights of the perceptual distance are there",
+        _try_stlpips,
         "pip install --no-deps stlpips-pytorch==0.0.2",
     ),
 }
@@ -174,6 +186,9 @@ def collect() -> dict:
 
     from stvision import __version__
 
+    # each probe waits for a process of its own
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        probes = list(pool.map(_probe_apart, OPTIONAL))
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -193,7 +208,7 @@ def collect() -> dict:
         "gpus": gpus,
         "offline": os.environ.get("HF_HUB_OFFLINE") == "1",
         "required": {name: _version(name) for name in REQUIRED},
-        "optional": [asdict(_probe_apart(name)) for name in OPTIONAL],
+        "optional": [asdict(probe) for probe in probes],
     }
 
 

@@ -211,6 +211,21 @@ def _device(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _fingerprint(pipeline: Any) -> str:
+    """Checksum of what a pipeline predicts with: its networks' weights and its noise schedule.
+
+    A folder that was trained anew under the same name has another one.
+    """
+    import torch
+
+    found = zlib.crc32(json_module.dumps(dict(pipeline.scheduler.config), default=str).encode())
+    for name in ("unet", "fstext", "vae"):
+        for tensor in getattr(pipeline, name).state_dict().values():
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            found = zlib.crc32(data.numpy(), found)
+    return f"{found:08x}"
+
+
 @dataclass(frozen=True)
 class _Item:
     """One clip of the data set that is evaluated."""
@@ -247,10 +262,11 @@ def run_predict(command: Predict) -> int:
     models = {"model": command.model}
     if command.baseline is not None:
         models[command.baseline_name] = command.baseline
-    pipelines = {}
+    pipelines, fingerprints = {}, {}
     for column, name in models.items():
         pipelines[column] = SeerPipeline.from_pretrained(name, dtype=getattr(torch, command.dtype))
         pipelines[column].set_progress_bar_config(disable=True)
+        fingerprints[column] = _fingerprint(pipelines[column])
 
     # 2. Clips, at the length and size of the model
     height, width, length = pipelines["model"].default_size()
@@ -276,6 +292,7 @@ def run_predict(command: Predict) -> int:
             command.out / "predictions" / column.replace(" ", "-"),
             {
                 "model": models[pipeline_name],
+                "weights": fingerprints[pipeline_name],
                 "data": str(command.data),
                 "num_frames": length,
                 "size": [height, width],

@@ -21,7 +21,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from stvision.attention import VolumeAttention
-from stvision.attention.dispatch import check_backend
+from stvision.attention.dispatch import check_backend, load_xformers
 from stvision.layers.frames import group_norm_frames
 from stvision.models.inflate import inflate_blocks
 from stvision.models.temporal import TemporalTransformer
@@ -264,8 +264,11 @@ class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
 
         Raises:
             ValueError: unknown name.
+            ImportError: xFormers is chosen and missing.
         """
         check_backend(backend)
+        if backend == "xformers":
+            load_xformers()  # diffusers' processor would fail late and without a reason
         processors = {
             "sdpa": AttnProcessor2_0,
             "xformers": XFormersAttnProcessor,

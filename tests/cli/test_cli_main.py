@@ -51,6 +51,13 @@ def test_env_reports_what_a_broken_part_said(monkeypatch) -> None:
     assert probe.state == "broken" and "libnothing.so.1" in probe.detail
 
 
+def test_env_looks_for_the_weights_of_the_perceptual_distance(monkeypatch) -> None:
+    monkeypatch.setattr("stvision.eval.metrics.lpips.WEIGHTS", "no-such-file.pth")
+    monkeypatch.setattr(env, "_version", lambda name: "0.0.2")
+    probe = env.probe_optional("stlpips-pytorch")
+    assert probe.state == "broken" and "stlpips" in probe.detail
+
+
 def test_env_json_is_one_object(monkeypatch, capsys: pytest.CaptureFixture) -> None:
     # one cheap optional part stands for all: each is tried in a process of its own
     monkeypatch.setattr(env, "OPTIONAL", {"peft": env.OPTIONAL["peft"]})

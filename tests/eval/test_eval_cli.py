@@ -115,6 +115,18 @@ def test_predictions_of_other_settings_are_not_mixed(world, capsys):
     assert "num_inference_steps None, now 2" in capsys.readouterr().err
 
 
+def test_predictions_of_weights_that_have_changed_are_not_reused(world, capsys):
+    folder, words = world
+    assert main([*words, "--no-shuffled", "--classifier", "None"]) == 0
+    changed = tiny_seer_pipeline()
+    with torch.no_grad():
+        changed.unet.conv_out.bias += 0.5
+    changed.save_pretrained(folder / "pipeline")
+    assert main([*words, "--no-shuffled", "--classifier", "None"]) == 2
+    shown = capsys.readouterr().err
+    assert "(weights" in shown and "choose another --out" in shown
+
+
 def test_a_prediction_that_is_not_finite_counts_as_failed(tmp_path):
     store = eval_command._Store(tmp_path, {"seed": 0})
     store.save("a/b", torch.full((2, 4, 4, 3), float("nan")))

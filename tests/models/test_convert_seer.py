@@ -1,6 +1,7 @@
 """Released folders of Seer, made small, into pipeline folders."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,6 +146,9 @@ def test_command_writes_a_pipeline_folder(release, stable_diffusion, tmp_path, c
     given = command.Command(kind="seer", path=folder, output=out, sd=str(stable_diffusion))
     command.run(given)
     assert "wrote" in capsys.readouterr().out
+    command.run(replace(given, output=tmp_path / "again", json=True, local_files_only=True))
+    told = json.loads(capsys.readouterr().out)
+    assert (told["output"], told["num_frames"]) == (str(tmp_path / "again"), 12)
     parts = {"unet", "fstext", "vae", "text_encoder", "tokenizer", "scheduler"}
     assert parts <= {item.name for item in out.iterdir()}
     assert json.loads((out / "model_index.json").read_text())["_class_name"] == "SeerPipeline"

@@ -1,6 +1,7 @@
 """The inflated U-Net: the sheet's proofs (a) to (e), and what users rely on."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -290,6 +291,16 @@ def test_backends_and_processors_agree() -> None:
     assert torch.equal(model(*args).sample, expected)
     with pytest.raises(ValueError, match="attention backend must be one of"):
         model.set_attention_backend("fast")
+
+
+def test_a_missing_backend_is_told_when_it_is_chosen(monkeypatch) -> None:
+    model = seer()
+    before = dict(model.attn_processors)
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    with pytest.raises(ImportError, match="pip install --no-deps xformers"):
+        model.set_attention_backend("xformers")
+    assert dict(model.attn_processors) == before
 
 
 @pytest.mark.parametrize("name", ["seer-window", "full", "temporal", "neighborhood"])
