@@ -3,7 +3,7 @@
 import json as json_module
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -71,7 +71,7 @@ def run(command: Command) -> None:
     from stvision.pipelines.seer import SeerPipeline
 
     dtype = getattr(torch, command.dtype)
-    hub = {"local_files_only": command.local_files_only}
+    hub: dict[str, Any] = {"local_files_only": command.local_files_only}
     find_release(command.path)
     try:
         config = UNet2DConditionModel.load_config(command.sd, subfolder="unet", **hub)
