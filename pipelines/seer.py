@@ -409,24 +409,27 @@ class SeerPipeline(VideoPipeline):
     def _predict(self, call: RollOut) -> Iterator[VideoOutput]:
         """Yield the new frames of every window."""
         self._interrupt = False
-        with self._memory_measured() as peak:
-            # Reference frames are encoded once and stay clean.
-            size = (call.height, call.width)
-            pixels = torch.stack([frames_to_tensor(clip, *size) for clip in call.references])
-            reference = self.encode(pixels)
-            self._release(self.vae)
-            done = 0
-            for first, last in call.windows():
-                noise = call.noise(reference, done, last - first)
-                future = self._denoise(call, reference, noise, first, last)
-                latents = torch.cat([reference.to(future.dtype), future], dim=2)
-                new = latents[:, :, done - first : min(last, call.num_frames) - first]
-                yield self._finish(call, new, done, peak)
-                if self._interrupt:
-                    return
-                done += new.shape[2]
-                reference = latents[:, :, -call.overlap :].to(self.unet.dtype)
-        self.maybe_free_model_hooks()
+        try:
+            with self._memory_measured() as peak:
+                # Reference frames are encoded once and stay clean.
+                size = (call.height, call.width)
+                pixels = torch.stack([frames_to_tensor(clip, *size) for clip in call.references])
+                reference = self.encode(pixels)
+                self._release(self.vae)
+                done = 0
+                for first, last in call.windows():
+                    noise = call.noise(reference, done, last - first)
+                    future = self._denoise(call, reference, noise, first, last)
+                    latents = torch.cat([reference.to(future.dtype), future], dim=2)
+                    new = latents[:, :, done - first : min(last, call.num_frames) - first]
+                    yield self._finish(call, new, done, peak)
+                    if self._interrupt:
+                        return
+                    done += new.shape[2]
+                    reference = latents[:, :, -call.overlap :].to(self.unet.dtype)
+        finally:
+            # also when the caller closes the stream, interrupts it, or a step raises
+            self.maybe_free_model_hooks()
 
     def _denoise(
         self, call: RollOut, reference: Tensor, noise: Tensor, first: int, last: int

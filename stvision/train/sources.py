@@ -231,6 +231,15 @@ def label_tensor(entries: Sequence[dict[str, Any]], labels: Sequence[str], key: 
     return torch.tensor(found)
 
 
+def _check_validation(count: int, data: DataConfig) -> None:
+    """Say which split is empty, rather than fail in the middle of it."""
+    if count == 0:
+        raise ValueError(
+            f"no clips of split {data.validation_split!r} in {data.root} to validate on; add some, "
+            f"or give --data.validation-split {data.split}"
+        )
+
+
 def _hold(store: Store, table: TextTable | None, count: int) -> Held:
     """Clips spread evenly over the store."""
     count = min(count, len(store))
@@ -278,6 +287,7 @@ def _uncached(
         name=data.root,
     )
     held_reader = open_reader(data, data.validation_split)
+    _check_validation(len(held_reader), data)
     count = min(data.validation_clips, len(held_reader))
     places = torch.linspace(0, len(held_reader) - 1, count).round().long().tolist()
     held_items = _ReadItems([held_reader])

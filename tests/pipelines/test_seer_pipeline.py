@@ -368,6 +368,27 @@ def test_a_stream_can_be_left_and_interrupted(pipe):
     assert len(rest) <= 1
 
 
+@pytest.mark.parametrize("end", ["exhausted", "closed", "interrupted", "failed"])
+def test_offload_hooks_are_freed_however_a_stream_ends(pipe, monkeypatch, end):
+    freed = []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(True))
+    length = 5 if end == "exhausted" else 10**6
+    stream = pipe.stream("open the drawer", clips(1)[0], num_frames=length, generator=3)
+    next(stream)
+    if end == "exhausted":
+        assert list(stream) == []
+    elif end == "closed":
+        stream.close()
+    elif end == "interrupted":
+        pipe.interrupt = True
+        list(stream)
+    else:
+        monkeypatch.setattr(pipe, "_denoise", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(stream)
+    assert freed == [True]
+
+
 def test_a_prompt_span_reaches_over_windows(pipe):
     seen = []
 

@@ -260,3 +260,16 @@ def test_workers_copied_out_of_a_busy_process_decode_all(world: Path) -> None:
         for thread in threads:
             thread.join()
         torch.set_num_threads(before)
+
+
+def test_an_empty_validation_split_is_named() -> None:
+    from stvision.train.sources import _check_validation
+
+    config = DataConfig(
+        root="clips", split="train", validation_split="held", cache="off", resident=False
+    )
+    with pytest.raises(
+        ValueError, match="no clips of split 'held' in clips.*validation-split train"
+    ):
+        _check_validation(0, config)
+    _check_validation(1, config)
