@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from stvision.cli.eval_motion import Motion, run_motion
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -154,17 +156,20 @@ class Clips:
 
 @dataclass
 class Command:
-    """Score predictions against real clips."""
+    """Score predictions against real clips, or measure the motion of clips."""
 
     job: Annotated[
         Annotated[Predict, tyro.conf.subcommand("predict", prefix_name=False)]
-        | Annotated[Clips, tyro.conf.subcommand("clips", prefix_name=False)],
+        | Annotated[Clips, tyro.conf.subcommand("clips", prefix_name=False)]
+        | Annotated[Motion, tyro.conf.subcommand("motion", prefix_name=False)],
         tyro.conf.arg(name=""),
     ]
 
 
 def run(command: Command) -> int:
     """Run the chosen job."""
+    if isinstance(command.job, Motion):
+        return run_motion(command.job)
     return run_predict(command.job) if isinstance(command.job, Predict) else run_clips(command.job)
 
 

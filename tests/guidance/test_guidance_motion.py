@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stvision.cli.eval_motion import Motion, run_motion
+from stvision.cli.main import main
 from stvision.eval.motion import (
     choose_flow,
     flow_consistency,
@@ -107,15 +107,34 @@ def test_command(tmp_path, capsys):
     for folder, shift in (("a", (0, 1)), ("b", (0, 2))):
         (tmp_path / folder).mkdir()
         write_video(moving(shift), tmp_path / folder / "clip.mp4", fps=8)
-    run_motion(Motion(tmp_path / "a", against=tmp_path / "b", out=tmp_path / "o", flow="farneback"))
-    assert "optical flow" in capsys.readouterr().out
-    held = json.loads((tmp_path / "o" / "motion.json").read_text())
+
+    def motion(*words):
+        status = main(["eval", "motion", *map(str, words), "--flow", "farneback"])
+        return status, capsys.readouterr()
+
+    out = tmp_path / "o"
+    status, shown = motion(tmp_path / "a", "--against", tmp_path / "b", "--out", out)
+    assert status == 0 and "optical flow" in shown.out and str(out) in shown.out
+    held = json.loads((out / "motion.json").read_text())
     assert held["rows"][1]["flow"] > 1.5 * held["rows"][0]["flow"]
-    assert read_clip(tmp_path / "o" / "pairs" / "clip.mp4").frames.shape == (5, 64, 132, 3)
-    run_motion(Motion(tmp_path / "a" / "clip.mp4", json=True, flow="farneback"))
-    assert json.loads(capsys.readouterr().out)["rows"][0]["key"] == "clip"
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        run_motion(Motion(tmp_path / "nowhere"))
+    assert "difference, clip by clip" in (out / "motion.md").read_text()
+    assert read_clip(out / "motion.png").frames.float().std() > 0
+    pair = read_clip(out / "pairs" / "clip.mp4").frames
+    assert pair.shape == (5, 64, 132, 3)
+    # before on the left, after on the right, up to what the codec loses
+    for side, folder in ((pair[:, :, :64], "a"), (pair[:, :, 68:], "b")):
+        alone = read_clip(tmp_path / folder / "clip.mp4").frames
+        assert (side.float() - alone.float()).abs().mean() < 4
+
+    status, shown = motion(tmp_path / "a" / "clip.mp4", "--json", "--num-frames", 3)
+    row = json.loads(shown.out)["rows"][0]
+    assert status == 0 and (row["key"], row["frames"]) == ("clip", 3)
+    status, shown = motion(tmp_path / "nowhere")
+    assert status == 2 and "no clip or folder of clips" in shown.err and "nowhere" in shown.err
+    (tmp_path / "b" / "clip.mp4").rename(tmp_path / "b" / "other.mp4")
+    write_video(moving((0, 1)), tmp_path / "b" / "third.mp4", fps=8)
+    status, shown = motion(tmp_path / "a", "--against", tmp_path / "b")
+    assert status == 2 and "no names are in both" in shown.err
 
 
 def test_bad_input():
