@@ -172,6 +172,9 @@ class _Run:
         torch.use_deterministic_algorithms(config.deterministic)
 
         model = task.model.to(device).train()
+        if config.channels_last:
+            # weights alone: convolutions hand the layout on to all that follows
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.generator = torch.Generator(device)
         self.groups = [group for group in task.parameter_groups() if group["params"]]
         if not self.groups:

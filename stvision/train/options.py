@@ -49,6 +49,8 @@ class LoopConfig:
     cuda_graphs: bool = False
     """Replay forward and backward of a step as one CUDA graph: for small networks on a large GPU,
     which wait for the host otherwise. Ready after a few steps; one process, one shape of batch."""
+    channels_last: bool = False
+    """Keep images with their channels innermost, as a GPU's half-precision convolutions want them."""
     deterministic: bool = False
     """Refuse operators whose result may differ between two runs on a GPU."""
     log_every: int = 20

@@ -423,6 +423,7 @@ def _initialise_fstext(
         gradient_accumulation_steps=1,
         ema_decay=None,
         compile="off",
+        cuda_graphs=False,  # its input "frames" is a number
         save_every=max(1, config.fstext_init_steps // 4),
         validate_every=0,
         max_grad_norm=1.0,

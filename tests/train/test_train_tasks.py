@@ -226,6 +226,25 @@ def test_adapters_merge_into_the_exported_weights(world: Path, base: Path) -> No
     assert any((folder / "model" / "unet_lora").glob("*.safetensors"))
 
 
+def test_channels_last_trains_the_same(world: Path, base: Path) -> None:
+    """The layout of the weights changes what is fast, not what is computed."""
+    plain = train_seer(world, "layout_plain", {})
+    inner = train_seer(world, "layout_inner", {"loop": {"channels_last": True}})
+    assert log(inner) == pytest.approx(log(plain), rel=1e-4)
+    states = [load_file(next((f / "model" / "unet").glob("*.safetensors"))) for f in (plain, inner)]
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.gpu
+def test_captured_seer_steps_equal_plain_ones(world: Path, base: Path) -> None:
+    """A CUDA graph of the real task, with text dropout, clipping and the layout of convolutions."""
+    plain = train_seer(world, "gpu_plain", {})
+    options = {"cuda_graphs": True, "channels_last": True}
+    captured = train_seer(world, "gpu_captured", {"loop": options})
+    assert log(captured) == pytest.approx(log(plain), rel=1e-2)
+
+
 def test_from_scratch_trains_everything(world: Path) -> None:
     values = {"base": None, "image_layers": "trained", "unet": UNET}
     folder = train_seer(world, "scratch", values)
