@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import stvision
 from stvision.attention.volume import AttentionProjections
+from stvision.guidance import BroadWay, BroadWayRun
 from stvision.models.fast import disable_fast, enable_fast, is_fast, is_offloaded
 from stvision.pipelines.budget import (
     as_gib,
@@ -55,6 +57,9 @@ class VideoPipeline(DiffusionPipeline):
     batch_guidance: bool = True
     #: Print the peak memory of each call.
     report_memory: bool = False
+    #: What BroadWay did in the last call; None before any.
+    broadway_run: BroadWayRun | None = None
+    _broadway: BroadWay | None = None
     vae: Any
     unet: Any
     config: Any  # type: ignore[assignment]
@@ -250,6 +255,50 @@ class VideoPipeline(DiffusionPipeline):
     def disable_fast(self) -> None:
         """Run steps plainly again and free the captures; does nothing when not fast."""
         disable_fast(self._denoiser)
+
+    # -- guidance -----------------------------------------------------------------------------
+
+    def enable_broadway(self, options: BroadWay | str = "animatediff", **changes: Any) -> None:
+        """Guide temporal attention in the first steps of every call: steadier, more motion.
+
+        The network is changed during the denoising of a call only, so offload, fast mode and
+        everything else may be switched at any time. Fast mode rests while a guided call denoises:
+        its captures hold the attention that is replaced. ``broadway_run`` tells what the last call
+        did.
+
+        Args:
+            options: a :class:`stvision.guidance.BroadWay`, or the name of a preset.
+            changes: options of the preset that are to be different, such as ``beta=1.2``.
+
+        Raises:
+            ValueError: an unknown preset or option, or a network that cannot be guided.
+            TypeError: options of another kind.
+        """
+        if isinstance(options, str):
+            chosen = BroadWay.from_preset(options, **changes)
+        elif isinstance(options, BroadWay):
+            chosen = replace(options, **changes)
+        else:
+            raise TypeError(
+                f"options must be a BroadWay or the name of a preset, got {type(options).__name__}"
+            )
+        chosen.check(self)
+        self._broadway = chosen
+
+    def disable_broadway(self) -> None:
+        """Sample as before; does nothing when BroadWay is not on."""
+        self._broadway = None
+
+    @contextmanager
+    def _guided(self) -> Iterator[None]:
+        """BroadWay inside the ``with`` block, when it is on."""
+        if self._broadway is None:
+            yield
+            return
+        if self.broadway_run is None:
+            self.broadway_run = BroadWayRun()
+        with self._broadway.applied_to(self, record=self.broadway_run):
+            yield
 
     # -- frames and latents ---------------------------------------------------------------------
 

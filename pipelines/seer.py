@@ -409,6 +409,7 @@ class SeerPipeline(VideoPipeline):
     def _predict(self, call: RollOut) -> Iterator[VideoOutput]:
         """Yield the new frames of every window."""
         self._interrupt = False
+        self.broadway_run = None
         try:
             with self._memory_measured() as peak:
                 # Reference frames are encoded once and stay clean.
@@ -451,6 +452,7 @@ class SeerPipeline(VideoPipeline):
 
         with (
             attention_backend_of(call.attention_backend, self.unet, self.fstext),
+            self._guided(),
             self.progress_bar(total=call.steps) as bar,
         ):
             self._num_timesteps = 0

@@ -2,7 +2,7 @@
 
 import json as json_module
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -72,6 +72,22 @@ class Command:
     fast: bool = False
     """Replay steps as CUDA graphs: worth it for long videos and small frames (GPU only)."""
 
+    broadway: str | None = None
+    """Guide temporal attention for steadier structure and more motion, without training: name of a
+    preset, "animatediff" or "videocrafter2"."""
+
+    broadway_alpha: float | None = None
+    """Strength of BroadWay's self-guidance, 0 to 1 (default: the preset's)."""
+
+    broadway_beta: float | None = None
+    """Smallest gain of the fast part of motion (default: the preset's)."""
+
+    broadway_tau: float | None = None
+    """Half width of the band that is amplified, in bins (default: the preset's)."""
+
+    broadway_fraction: float | None = None
+    """Share of the denoising steps that are guided (default: 0.2)."""
+
     local_files_only: bool = False
     """Never ask the network for a model."""
 
@@ -92,13 +108,26 @@ def run(command: Command) -> int:
     if command.start < 0:
         raise ValueError(f"--start must be at least 0 seconds, got {command.start}")
 
+    changes = {
+        name: getattr(command, f"broadway_{name}")
+        for name in ("alpha", "beta", "tau", "fraction")
+        if getattr(command, f"broadway_{name}") is not None
+    }
+    if changes and command.broadway is None:
+        raise ValueError(f"--broadway-{next(iter(changes))} needs --broadway PRESET")
+
     import torch
 
     device = torch.device(command.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if command.fast and device.type != "cuda":
         raise ValueError(f"--fast replays CUDA graphs and needs a CUDA device; this is {device}")
 
+    from stvision.guidance import BroadWay
     from stvision.pipelines.seer import SeerPipeline
+
+    guidance = None
+    if command.broadway is not None:
+        guidance = BroadWay.from_preset(command.broadway, **changes)
 
     # Sizes are checked before any weight is loaded.
     hub = {"local_files_only": True} if command.local_files_only else {}
@@ -112,6 +141,8 @@ def run(command: Command) -> int:
         command.model, dtype=getattr(torch, command.dtype), **hub
     )
     pipeline.set_progress_bar_config(disable=command.quiet or command.json)
+    if guidance is not None:
+        pipeline.enable_broadway(guidance)
     if command.fast:
         pipeline.to(device)
         pipeline.enable_fast()
@@ -151,6 +182,7 @@ def run(command: Command) -> int:
             "seed": command.seed,
             "device": str(device),
             "fast": command.fast,
+            "broadway": None if guidance is None else asdict(guidance),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "memory_plan": None if plan is None else plan.to_dict(),
             **result.to_dict(),

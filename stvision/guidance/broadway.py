@@ -107,8 +107,38 @@ class BroadWay:
         """How many of ``num_steps`` are guided: ceil(fraction · num_steps)."""
         return math.ceil(self.fraction * num_steps - 1e-9)
 
+    def check(self, model: Any) -> list[Site]:
+        """The temporal attentions of a pipeline or U-Net that would be guided.
+
+        Raises:
+            ValueError: no temporal attention, FreeNoise or torch.compile is on.
+            TypeError: the model has no U-Net.
+            RuntimeError: guidance is on already.
+        """
+        pipeline = None if isinstance(model, nn.Module) else model
+        unet = getattr(model, "unet", None) if pipeline is not None else model
+        if not isinstance(unet, nn.Module):
+            raise TypeError(
+                f"{type(model).__name__} has no U-Net; BroadWay needs a video pipeline with "
+                "'unet' and 'scheduler', or a video U-Net"
+            )
+        check_compiled(unet)
+        check_chunking(unet, pipeline)
+        sites = find_sites(unet, self.blocks)
+        if any(isinstance(vars(s.module).get("mix"), _Mix) for s in sites) or any(
+            isinstance(getattr(s.module, "processor", None), _Processor) for s in sites
+        ):
+            raise RuntimeError("BroadWay is on already; disable it before enabling it anew")
+        return sites
+
     @contextmanager
-    def applied_to(self, model: Any, *, num_steps: int | None = None) -> Iterator[BroadWayRun]:
+    def applied_to(
+        self,
+        model: Any,
+        *,
+        num_steps: int | None = None,
+        record: BroadWayRun | None = None,
+    ) -> Iterator[BroadWayRun]:
         """Guide ``model`` inside the ``with`` block; leave it as it was found.
 
         State begins anew with every sampling run. Under classifier-free guidance as one batch
@@ -119,6 +149,7 @@ class BroadWay:
         Args:
             model: a pipeline with ``unet`` and ``scheduler``, or a U-Net.
             num_steps: steps of a sampling run; needed for, and only for, a U-Net by itself.
+            record: an earlier record to continue.
 
         Yields:
             Record of what is done.
@@ -130,30 +161,20 @@ class BroadWay:
             RuntimeError: guidance is on already.
         """
         pipeline = None if isinstance(model, nn.Module) else model
-        unet = getattr(model, "unet", None) if pipeline is not None else model
+        sites = self.check(model)
+        unet: nn.Module = model if pipeline is None else pipeline.unet
         scheduler = getattr(model, "scheduler", None)
-        if not isinstance(unet, nn.Module):
-            raise TypeError(
-                f"{type(model).__name__} has no U-Net; BroadWay needs a video pipeline with "
-                "'unet' and 'scheduler', or a video U-Net"
-            )
         if pipeline is None and (num_steps is None or num_steps < 1):
             raise ValueError(f"a U-Net by itself needs num_steps of at least 1, got {num_steps}")
         if pipeline is not None and num_steps is not None:
             raise ValueError("num_steps is the pipeline's own; give it for a U-Net by itself only")
-        check_compiled(unet)
-        check_chunking(unet, pipeline)
-        sites = find_sites(unet, self.blocks)
-        if any(isinstance(vars(s.module).get("mix"), _Mix) for s in sites) or any(
-            isinstance(getattr(s.module, "processor", None), _Processor) for s in sites
-        ):
-            raise RuntimeError("BroadWay is on already; disable it before enabling it anew")
 
-        run = BroadWayRun()
+        run = BroadWayRun() if record is None else record
         counter = StepCounter(
             lambda: getattr(getattr(pipeline, "scheduler", None), "timesteps", None), num_steps
         )
         session = _Session(self, unet, pipeline, counter, run, min(s.block for s in sites))
+        session.first_run = run.records[-1].run + 1 if run.records else 0
         with ExitStack() as stack:
             stack.callback(session.forget)
             stack.enter_context(plain(unet))
@@ -180,6 +201,7 @@ class _Session:
     active: bool = False
     batch: int = 1
     first_conditional: int = 0
+    first_run: int = 0
     references: dict[str, Tensor] = field(default_factory=dict)
 
     def forget(self) -> None:
@@ -242,8 +264,9 @@ class _Session:
         if result.reference is not None:
             self.references[site.place] = result.reference
         energy = result.energy
+        number = self.first_run + self.counter.runs - 1
         self.run.records.append(
-            replace(energy, module=site.name, step=self.counter.index, run=self.counter.runs - 1)
+            replace(energy, module=site.name, step=self.counter.index, run=number)
         )
         return result.output
 

@@ -51,10 +51,12 @@ def test_json_says_what_was_done(model, clip, tmp_path, capsys):
     status = predict(
         clip, "--prompt", "open the drawer", "--model", model, "-o", output, "--json",
         "--seed", 7, "--steps", 2, "--num-frames", 8, "--size", 8, 12, "--memory", "4GB",
+        "--broadway", "animatediff", "--broadway-beta", 1.25,
     )  # fmt: skip
     assert status == 0
     report = json.loads(capsys.readouterr().out)
     assert report["shape"] == [1, 8, 3, 8, 12] and report["seed"] == 7
+    assert (report["broadway"]["alpha"], report["broadway"]["beta"]) == (0.6, 1.25)
     assert report["output"] == str(output) and report["memory_plan"]["offload"] == "none"
     assert Image.open(output).n_frames == 8
 
@@ -86,6 +88,7 @@ def test_seed_sentence_and_start_matter(model, clip, tmp_path):
         "start": ("--prompt", "open the drawer", "--start", "0.8"),
         "guidance": ("--prompt", "open the drawer", "--guidance", "1"),
         "negative": ("--prompt", "open the drawer", "--negative-prompt", "blue"),
+        "broadway": ("--prompt", "open the drawer", "--broadway", "videocrafter2"),
     }.items():
         assert not torch.equal(base, frames(name, *words)), name
 
@@ -98,6 +101,9 @@ def test_seed_sentence_and_start_matter(model, clip, tmp_path):
         (["--model", "./nowhere/at/all"], "no pipeline folder at"),
         (["--start", "-1"], "--start must be at least 0"),
         (["--start", "99"], "past the end of the clip"),
+        (["--broadway", "wan"], "preset must be one of 'animatediff', 'videocrafter2', got 'wan'"),
+        (["--broadway", "animatediff", "--broadway-alpha", "2"], "alpha must be between 0 and 1"),
+        (["--broadway-beta", "2"], "--broadway-beta needs --broadway PRESET"),
         (["--fast", "--device", "cpu"], "--fast replays CUDA graphs and needs a CUDA device"),
     ],
 )
@@ -124,6 +130,7 @@ def test_help_names_every_option(capsys):
         "--negative-prompt",
         "--memory",
         "--fast",
+        "--broadway",
     ):
         assert option in text
 

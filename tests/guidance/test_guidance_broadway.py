@@ -293,6 +293,81 @@ def test_seer_pipeline():
         torch.testing.assert_close(seer_call(pipe), plain, rtol=0, atol=1e-4)
 
 
+def test_seer_pipeline_switched_on_and_off():
+    pipe = tiny_seer_pipeline()
+    plain, before = seer_call(pipe, num_frames=8), snapshot(pipe)
+    with BroadWay.from_preset("videocrafter2", beta=3.0).applied_to(pipe) as run:
+        expected = seer_call(pipe, num_frames=8)
+    pipe.enable_broadway("videocrafter2", beta=3.0)
+    for _ in range(2):  # state of one call: the second begins as the first did
+        assert torch.equal(seer_call(pipe, num_frames=8), expected)
+        assert_same(before, snapshot_of_network(pipe, before))
+        told = [(r.run, r.step, r.module, float(r.gain)) for r in pipe.broadway_run.records]
+        assert told == [(r.run, r.step, r.module, float(r.gain)) for r in run.records]
+        assert pipe.broadway_run.calls == run.calls
+    assert {r[0] for r in told} == {0, 1}  # windows of the roll-out
+    assert not torch.equal(expected, plain)
+    # a stream that is left in the middle leaves nothing behind
+    frames = torch.rand(2, 16, 16, 3)
+    next(iter(pipe.stream("close", frames, num_frames=8, generator=0)))
+    assert_same(before, snapshot_of_network(pipe, before))
+    pipe.disable_broadway()
+    pipe.disable_broadway()
+    assert torch.equal(seer_call(pipe, num_frames=8), plain)
+    assert pipe.broadway_run is None
+    with pytest.raises(TypeError, match="options must be a BroadWay or the name of a preset"):
+        pipe.enable_broadway(0.5)
+    with pytest.raises(ValueError, match="has no temporal attention in up blocks 7"):
+        pipe.enable_broadway(BroadWay(), blocks=(7,))
+    assert torch.equal(seer_call(pipe, num_frames=8), plain)
+
+
+def snapshot_of_network(pipe, like):
+    """A snapshot without the pipeline's own attributes, which tell of the switch."""
+    return (snapshot(pipe)[0], *like[1:])
+
+
+def test_guided_calls_do_without_captures_and_keep_them(monkeypatch):
+    """Fast mode on a machine without a GPU: what stands in for the forward pass rests and returns."""
+    from stvision.models.fast import GraphedForward, is_fast
+
+    pipe = tiny_seer_pipeline()
+    plain = seer_call(pipe)
+    with BroadWay().applied_to(pipe):
+        expected = seer_call(pipe)
+    calls = []
+    original = GraphedForward.__call__
+    monkeypatch.setattr(
+        GraphedForward, "__call__", lambda self, *a, **k: calls.append(1) or original(self, *a, **k)
+    )
+    graphed = pipe.unet.forward = GraphedForward(pipe.unet)
+    pipe.enable_broadway()
+    assert pipe.is_fast
+    assert torch.equal(seer_call(pipe), expected) and not calls
+    assert vars(pipe.unet)["forward"] is graphed and is_fast(pipe.unet)
+    pipe.disable_broadway()
+    assert torch.equal(seer_call(pipe), plain) and len(calls) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("first", ["fast", "broadway"])
+def test_fast_mode_and_broadway_on_a_gpu(first):
+    pipe = tiny_seer_pipeline().to("cuda")
+    plain = seer_call(pipe)
+    pipe.enable_broadway()
+    expected = seer_call(pipe)
+    pipe.disable_broadway()
+    for switch in (first, *({"fast", "broadway"} - {first})):
+        if switch == "fast":
+            pipe.enable_fast()
+        else:
+            pipe.enable_broadway()
+    torch.testing.assert_close(seer_call(pipe), expected, rtol=0, atol=1e-5)
+    pipe.disable_broadway()
+    torch.testing.assert_close(seer_call(pipe), plain, rtol=0, atol=1e-5)
+    assert pipe.is_fast
+
+
 def test_seer_stays_causal_under_guidance():
     """A changed later frame changes no earlier one: maps are guided apart from their energies."""
     from stvision.attention import ATTENTIONS
