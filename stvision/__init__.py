@@ -33,6 +33,7 @@ _DIFFUSERS_BASES = ("ModelMixin", "SchedulerMixin")
 
 def __getattr__(name: str) -> Any:
     if name in _DIFFUSERS_BASES:
+        importlib.import_module("stvision.models")  # sees to it that diffusers can be imported
         return getattr(importlib.import_module("diffusers"), name)
     if name not in _EXPORTS:
         raise AttributeError(f"module 'stvision' has no attribute {name!r}")

@@ -61,6 +61,10 @@ def run(command: Command) -> None:
             f"got {references}"
         )
 
+    from stvision.optional import mend_torchvision
+
+    mend_torchvision()  # before diffusers is first imported
+
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel

