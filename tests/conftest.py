@@ -1,16 +1,31 @@
 """Marks that depend on the machine: GPU tests skip without CUDA, slow ones unless asked for."""
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    import torch
+def _older(distribution: str, than: tuple[int, int]) -> bool:
+    try:
+        major, minor = version(distribution).split(".")[:2]
+    except PackageNotFoundError:
+        return True
+    return (int(major), int(minor)) < than
 
+
+# Triton kernels run through the interpreter where there is no GPU. It has to be chosen here, since
+# the parts of Triton's own language are made when anything imports it first, as torch may. The
+# interpreter before 3.7 takes arrays of one element for numbers, which NumPy 2.4 refuses.
+if not torch.cuda.is_available() and not (_older("triton", (3, 7)) and not _older("numpy", (2, 4))):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     asked = config.getoption("-m") or ""
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,11 +26,22 @@ from stvision.datasets.metaworld import (
 )
 
 
+@cache
+def _opengl_fault() -> str:
+    """What MuJoCo says when it is imported with the chosen OpenGL; empty where it works."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import mujoco"], check=False, capture_output=True, text=True
+    )
+    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+
+
 def needs_simulator() -> None:
     """Skip without the simulator; it must not be imported before its OpenGL is chosen."""
     if find_spec("metaworld") is None:
         pytest.skip("needs the 'sim' extra (metaworld)")
-    choose_gl()
+    gl = choose_gl()
+    if fault := _opengl_fault():
+        pytest.skip(f"no OpenGL here with MUJOCO_GL={gl}: {fault}")
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,0 @@
-"""Triton kernels run through the interpreter where there is no GPU."""
-
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
