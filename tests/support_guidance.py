@@ -62,3 +62,25 @@ class TinyPipeline:
                 first = second
             latents = self.scheduler.step(first + 3 * (second - first), time, latents).prev_sample
         return latents
+
+
+def snapshot(pipe):
+    modules = {}
+    for name, module in pipe.unet.named_modules():
+        modules[name] = (
+            module,
+            getattr(module, "processor", None),
+            tuple(sorted(vars(module))),
+            len(module._forward_pre_hooks),
+            len(module._forward_pre_hooks_with_kwargs),
+        )
+    return modules, sorted(vars(pipe)), sorted(vars(pipe.scheduler)), pipe.unet.training
+
+
+def assert_same(before, after):
+    assert before[0].keys() == after[0].keys()
+    for name, state in before[0].items():
+        assert state[0] is after[0][name][0]
+        assert state[1] is after[0][name][1]
+        assert state[2:] == after[0][name][2:]
+    assert before[1:] == after[1:]

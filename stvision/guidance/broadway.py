@@ -75,7 +75,7 @@ class BroadWay:
     blocks: tuple[int, ...] = (1, 2, 3)
     clamp: bool = False
     resize: Resizing = "nearest"
-    max_map_bytes: int = 128 * 2**20
+    max_map_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -143,7 +143,7 @@ class BroadWay:
 
         State begins anew with every sampling run. Under classifier-free guidance as one batch
         (unconditional half first, told by its equal halves of latents) energies are the
-        conditional half's; where the halves are evaluated by one call each, every call has its
+        conditional half's, of each video by itself; where the halves are evaluated by one call each, every call has its
         own. Gradients see energies and reference maps as constants.
 
         Args:

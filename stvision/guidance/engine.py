@@ -19,13 +19,15 @@ from stvision.guidance.volume_maps import frame_maps, volume_high_band, volume_s
 if TYPE_CHECKING:
     from stvision.guidance.broadway import BroadWay
 
-#: copies of a chunk's maps alive at once: scores, map, high band, result
-_COPIES = 4
+#: copies of a chunk's maps alive at once: map, earlier map or high band, result
+_COPIES = 3
 
 
 @dataclass(frozen=True)
 class ModuleEnergy:
-    """Energies of the maps of one module in one U-Net call; scalars on the model's device.
+    """Energies of the maps of one module in one U-Net call, (videos,) on the model's device.
+
+    Each video has its own energies and gain, so that it does not depend on those made with it.
 
     Args:
         before: E1, mean energy of a row of the model's own maps.
@@ -64,6 +66,20 @@ class Guided:
     output: Tensor
     energy: ModuleEnergy
     reference: Tensor | None
+
+
+def _product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
+    """``left @ right`` of (..., L, d) and (..., d, M) in ``wide``."""
+    if left.is_cuda and left.dtype != wide and not torch.is_grad_enabled():
+        # half-precision operands, accumulated in and written as float32: no wide copies of them
+        out = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=wide)
+        return out.unflatten(0, left.shape[:-2])
+    return left.to(wide) @ right.to(wide)
+
+
+def _square_sums(maps: Tensor) -> Tensor:
+    """(B, ...) to (B,): sums of squares, without a tensor of squares."""
+    return torch.linalg.vector_norm(maps.flatten(1), dim=1).square()
 
 
 class _Field:
@@ -105,8 +121,8 @@ class _Field:
 
     def own(self, part: slice) -> Tensor:
         """The model's maps: (B, N, heads, F, F) or (B, N, heads, F, S, F, S)."""
-        query, key = (x[:, part].transpose(2, 3).to(self.wide) for x in (self.query, self.key))
-        scores = (query * self.scale) @ key.transpose(-1, -2)
+        query, key = (x[:, part].transpose(2, 3) for x in (self.query, self.key))
+        scores = _product(query, key.transpose(-1, -2), self.wide) * self.scale
         if self.causal:
             seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
             scores = scores.masked_fill(~seen, -torch.inf)
@@ -176,20 +192,26 @@ def guide(
     parts = [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]
 
     # 1. Energies over the whole field, and the reference for later modules
-    sums = torch.zeros(3, dtype=field.wide, device=query.device)
+    videos = batch - first_conditional
+    sums = torch.zeros(3, videos, dtype=field.wide, device=query.device)
     kept: list[Tensor] = []
     with torch.no_grad():
         for part in parts:
             own = field.own(part)
-            guided = field.guided(own, part)
-            high = field.high(guided)
-            for i, x in enumerate((own, high, guided - high)):
-                sums[i] += x[first_conditional:].square().sum()
             if keep:
-                kept.append(own if layout is None else frame_maps(own))
-    rows = (batch - first_conditional) * count * heads * length
-    before, e_high, e_low = (sums / rows).unbind()
+                kept.append(own.clone() if layout is None else frame_maps(own))
+            sums[0] += _square_sums(own[first_conditional:])
+            guided = field.guided(own, part)
+            if guided is not own:
+                del own
+            high = field.high(guided)
+            sums[1] += _square_sums(high[first_conditional:])
+            sums[2] += _square_sums(guided[first_conditional:])
+    before, e_high, e_all = sums / (count * heads * length)
+    e_low = e_all - e_high  # the bands are orthogonal
     gain = motion_gain(before, e_high, e_low, options.beta)
+    # both halves of guidance share the gain of the conditional one
+    factor = gain.repeat(batch // videos).view(-1, *(1,) * (guided.ndim - 1)) - 1
 
     # 2. The result
     remake = len(parts) > 1 or torch.is_grad_enabled()
@@ -197,11 +219,18 @@ def guide(
     for part in parts:
         if remake:
             guided = field.guided(field.own(part), part)
-            high = field.high(guided)
-        maps = guided + (gain - 1) * high
-        flat = renormalise(maps.reshape(*maps.shape[:3], length, length), options.clamp)
-        out = flat @ value[:, part].transpose(2, 3).to(field.wide)
-        outputs.append(out.transpose(2, 3).to(query.dtype))
+            maps = guided + factor * field.high(guided)
+        else:
+            maps = guided.addcmul_(high, factor)
+        del guided
+        if not remake:
+            del high
+        flat = maps.reshape(*maps.shape[:3], length, length)
+        if options.clamp:  # rows keep their sum of 1 otherwise: the constant is untouched
+            flat = renormalise(flat, clamp=True)
+        # as in fused attention, half-precision values meet weights of their precision
+        out = flat.to(query.dtype) @ value[:, part].transpose(2, 3)
+        outputs.append(out.transpose(2, 3))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     energy = ModuleEnergy(before, e_high, e_low, gain)
     return Guided(output, energy, field.by_pixel(kept) if keep else None)

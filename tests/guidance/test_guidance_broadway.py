@@ -10,7 +10,8 @@ from diffusers import (
     UNet3DConditionModel,
 )
 from diffusers.models.attention import FreeNoiseTransformerBlock
-from support_guidance import TinyPipeline, tiny_motion_unet
+from support_diffusers import tiny_unet_3d
+from support_guidance import TinyPipeline, assert_same, snapshot, tiny_motion_unet
 from support_seer import tiny_seer_pipeline
 
 from stvision.attention.volume import VolumeAttention
@@ -25,42 +26,6 @@ from stvision.guidance import (
 
 ALL = BroadWay(fraction=1)
 NEUTRAL = BroadWay(alpha=0, beta=1, fraction=1)
-
-
-def tiny_unet_3d(kind=UNet3DConditionModel):
-    torch.manual_seed(0)
-    return kind(
-        sample_size=8,
-        block_out_channels=(32, 64, 64),
-        down_block_types=("CrossAttnDownBlock3D", "CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D", "CrossAttnUpBlock3D"),
-        layers_per_block=1,
-        cross_attention_dim=8,
-        attention_head_dim=32,
-        norm_num_groups=4,
-    ).eval()
-
-
-def snapshot(pipe):
-    modules = {}
-    for name, module in pipe.unet.named_modules():
-        modules[name] = (
-            module,
-            getattr(module, "processor", None),
-            tuple(sorted(vars(module))),
-            len(module._forward_pre_hooks),
-            len(module._forward_pre_hooks_with_kwargs),
-        )
-    return modules, sorted(vars(pipe)), sorted(vars(pipe.scheduler)), pipe.unet.training
-
-
-def assert_same(before, after):
-    assert before[0].keys() == after[0].keys()
-    for name, state in before[0].items():
-        assert state[0] is after[0][name][0]
-        assert state[1] is after[0][name][1]
-        assert state[2:] == after[0][name][2:]
-    assert before[1:] == after[1:]
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +85,16 @@ def written_out(module, hidden, reference, batch, options, first):
     maps = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
     maps = maps.unflatten(0, (batch, -1))
     frames = maps.shape[-1]
-    energy = maps[first:].square().sum(-1).mean()
+    videos = batch - first
+    energy = maps[first:].square().sum(-1).flatten(1).mean(1)
     guided = maps if reference is None else maps + options.alpha * (reference - maps)
     spectrum = torch.fft.fft(guided)
     band = high_band(frames, options.tau)
     power = spectrum[first:].abs().square() / frames
-    high, low = power[..., band].sum(-1).mean(), power[..., ~band].sum(-1).mean()
-    gain = max(options.beta, float(((energy - low).clamp_min(0) / high).sqrt()))
+    high, low = (power[..., part].sum(-1).flatten(1).mean(1) for part in (band, ~band))
+    gain = ((energy - low).clamp_min(0) / high).sqrt().clamp_min(options.beta)
+    assert gain.min() == options.beta or gain.min() > 1.05 * options.beta
+    gain = gain.repeat(batch // videos)[:, None, None, None, None]
     out = torch.fft.ifft(torch.where(band, spectrum * gain, spectrum)).real
     out = out / out.sum(-1, keepdim=True)
     out = (out.flatten(0, 1) @ v).transpose(1, 2).flatten(-2)
@@ -134,11 +102,12 @@ def written_out(module, hidden, reference, batch, options, first):
 
 
 @pytest.mark.parametrize("bound", [2**27, 20000])
-def test_modules_give_the_written_out_formulas(bound):
+@pytest.mark.parametrize("beta", [1.3, 0.1])  # the one that is set, and the one that restores
+def test_modules_give_the_written_out_formulas(bound, beta):
     """Two attentions of a whole U-Net call, taken apart: reference and guided, B = 4 under CFG."""
     unet = tiny_motion_unet().double()
     pipe = TinyPipeline(unet)
-    options = BroadWay(alpha=0.6, beta=1.3, tau=1, fraction=1, max_map_bytes=bound)
+    options = BroadWay(alpha=0.6, beta=beta, tau=1, fraction=1, max_map_bytes=bound)
     seen = {}
     names = [f"up_blocks.{i}.motion_modules.0.transformer_blocks.0.attn1" for i in (1, 2)]
 
@@ -293,6 +262,19 @@ def test_seer_pipeline():
         torch.testing.assert_close(seer_call(pipe), plain, rtol=0, atol=1e-4)
 
 
+def test_a_video_does_not_depend_on_those_made_with_it():
+    pipe = tiny_seer_pipeline()
+    pipe.enable_broadway(beta=0.1, fraction=1.0)
+    frames = torch.rand(2, 2, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+    texts = ["open the door", "close"]
+    together = pipe(texts, frames, generator=[1, 2], output_type="pt").frames
+    gains = [r.gain for r in pipe.broadway_run.records]
+    assert any(gain[0] != gain[1] for gain in gains)
+    for item in range(2):
+        alone = pipe(texts[item], frames[item], generator=1 + item, output_type="pt").frames
+        torch.testing.assert_close(alone[0], together[item], rtol=0, atol=1e-5)
+
+
 def test_seer_pipeline_switched_on_and_off():
     pipe = tiny_seer_pipeline()
     plain, before = seer_call(pipe, num_frames=8), snapshot(pipe)
@@ -302,8 +284,8 @@ def test_seer_pipeline_switched_on_and_off():
     for _ in range(2):  # state of one call: the second begins as the first did
         assert torch.equal(seer_call(pipe, num_frames=8), expected)
         assert_same(before, snapshot_of_network(pipe, before))
-        told = [(r.run, r.step, r.module, float(r.gain)) for r in pipe.broadway_run.records]
-        assert told == [(r.run, r.step, r.module, float(r.gain)) for r in run.records]
+        told = [(r.run, r.step, r.module, r.gain.tolist()) for r in pipe.broadway_run.records]
+        assert told == [(r.run, r.step, r.module, r.gain.tolist()) for r in run.records]
         assert pipe.broadway_run.calls == run.calls
     assert {r[0] for r in told} == {0, 1}  # windows of the roll-out
     assert not torch.equal(expected, plain)
@@ -437,75 +419,6 @@ def test_enable_and_disable():
     disable_broadway(pipe)
     assert torch.equal(pipe(), plain)
     assert_same(before, snapshot(pipe))
-
-
-def animatediff(kind, **parts):
-    from diffusers import AutoencoderKL, MotionAdapter, UNetMotionModel
-    from support_seer import tiny_tokenizer
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
-    unet: UNetMotionModel = tiny_motion_unet(**parts.pop("unet_options", {}))
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-            intermediate_size=8, max_position_embeddings=12,
-        )
-    )  # fmt: skip
-    adapter = MotionAdapter(
-        block_out_channels=(8,), motion_layers_per_block=1, motion_num_attention_heads=2,
-        motion_norm_num_groups=2,
-    )  # fmt: skip
-    pipe = kind(
-        vae=vae, text_encoder=text, tokenizer=tiny_tokenizer(), unet=unet,
-        motion_adapter=adapter, scheduler=DDIMScheduler(num_train_timesteps=100), **parts,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.mark.parametrize("name", ["AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline"])
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-def test_diffusers_pipelines(name, guidance_scale):
-    import diffusers
-    from PIL import Image
-
-    pipe = animatediff(getattr(diffusers, name))
-    kwargs = {"video": [Image.new("RGB", (16, 16), (90, 20 * i, 0)) for i in range(4)]}
-    kwargs["strength"] = 0.5
-    if name == "AnimateDiffPipeline":
-        kwargs = {"num_frames": 4}
-
-    def call():
-        return pipe(
-            prompt=["open the door", "a cup"] if name == "AnimateDiffPipeline" else "open the door",
-            **kwargs, height=16, width=16, num_inference_steps=6, guidance_scale=guidance_scale,
-            generator=torch.Generator().manual_seed(0), output_type="latent",
-        ).frames  # fmt: skip
-
-    plain, before = call(), snapshot(pipe)
-    with BroadWay().applied_to(pipe) as run:
-        guided = call()
-    assert_same(before, snapshot(pipe))
-    assert torch.equal(call(), plain) and not torch.equal(guided, plain)
-    steps = 6 if name == "AnimateDiffPipeline" else 3
-    assert run.calls == steps
-    assert len(run.records) == 8 * -(-steps // 5)
-    with NEUTRAL.applied_to(pipe):
-        torch.testing.assert_close(call(), plain, rtol=0, atol=1e-4)
-
-
-def test_free_noise_of_a_pipeline_is_refused():
-    from diffusers import AnimateDiffPipeline
-
-    pipe = animatediff(AnimateDiffPipeline)
-    pipe.enable_free_noise(context_length=2, context_stride=1)
-    with pytest.raises(ValueError, match="FreeNoise"):
-        BroadWay().applied_to(pipe).__enter__()
 
 
 def test_refusals():
