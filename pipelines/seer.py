@@ -22,7 +22,7 @@ from stvision.attention.dispatch import check_backend
 from stvision.models.fstext import FSTextDecomposer
 from stvision.models.sampling import Seed, denoise, per_sample_generators, text_per_frame
 from stvision.models.seer import SeerUNetModel
-from stvision.models.text import default_max_length, encode_text, load_packaged_minilm
+from stvision.models.text import default_max_length, encode_text, load_text
 from stvision.pipelines.common import VideoPipeline, attention_backend_of
 from stvision.pipelines.conditioning import as_reference_clips, frames_to_tensor
 from stvision.pipelines.folders import resolve_folder
@@ -41,9 +41,6 @@ from stvision.pipelines.seer_needs import CallSizes, seer_needs
 from stvision.pipelines.sizes import SizeRules, check_at_least
 
 logger = logging.getLogger(__name__)
-
-#: Text models that a package carries: name in the configuration -> loader.
-PACKAGED_TEXT = {"minilm": load_packaged_minilm}
 
 #: Tensors of a step: name for callers -> name in the denoising loop.
 _STEP_TENSORS = {
@@ -71,8 +68,9 @@ class SeerPipeline(VideoPipeline):
         guidance_scale: default weight of guidance.
         num_inference_steps: default number of denoising steps.
         max_text_length: tokens a sentence; the tokenizer's limit, at most 77, when None.
-        text_model: ``"minilm"`` when tokenizer and text encoder come from an installed package:
-            they are then loaded from there if not given, and not written by ``save_pretrained``.
+        text_model: ``"minilm"`` when tokenizer and text encoder come from an installed package, or
+            ``"open_clip:MODEL/WEIGHTS"`` for open_clip's: they are then loaded from there if not
+            given, and not written by ``save_pretrained`` unless ``save_text=True``.
     """
 
     model_cpu_offload_seq = "text_encoder->fstext->unet->vae"  # type: ignore[assignment]
@@ -98,12 +96,13 @@ class SeerPipeline(VideoPipeline):
         text_model: str | None = None,
     ) -> None:
         super().__init__()
-        if text_model is not None and text_model not in PACKAGED_TEXT:
+        if text_model not in (None, "minilm") and not text_model.startswith("open_clip:"):
             raise ValueError(
-                f"text_model must be one of {sorted(PACKAGED_TEXT)} or None, got {text_model!r}"
+                "text_model must be 'minilm', 'open_clip:MODEL/WEIGHTS' or None, got "
+                f"{text_model!r}"
             )
         if text_model is not None and (tokenizer is None or text_encoder is None):
-            packaged = PACKAGED_TEXT[text_model](unet.dtype)
+            packaged = load_text(text_model, unet.dtype)
             tokenizer = packaged[0] if tokenizer is None else tokenizer
             text_encoder = packaged[1] if text_encoder is None else text_encoder
         self.register_modules(

@@ -1,10 +1,21 @@
 """A Seer pipeline of tiny real components with random weights, none of them an identity."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from stvision.models.fstext import FSTextDecomposer
 from stvision.models.sampling import make_scheduler
@@ -46,6 +57,45 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         sep_token="[SEP]",
         model_max_length=12,
     )
+
+
+def tiny_stable_diffusion(root: Path, image: dict[str, Any]) -> Path:
+    """Write a Stable Diffusion folder of tiny random parts, whose text states have width 16.
+
+    Args:
+        root: where.
+        image: arguments of the U-Net.
+    """
+    torch.manual_seed(0)
+    UNet2DConditionModel(**image).save_pretrained(root / "unet")
+    AutoencoderKL(
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+    ).save_pretrained(root / "vae")
+    words = root / "words"
+    words.mkdir()
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "o</w>": 2, "p</w>": 3}
+    (words / "vocab.json").write_text(json.dumps(vocabulary))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"))
+    tokenizer.model_max_length = 8
+    tokenizer.save_pretrained(root / "tokenizer")
+    config = CLIPTextConfig(
+        vocab_size=4,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    CLIPTextModel(config).save_pretrained(root / "text_encoder")
+    DDIMScheduler().save_pretrained(root / "scheduler")
+    return root
 
 
 def _shake(module: nn.Module, scale: float) -> None:

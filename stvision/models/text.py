@@ -13,6 +13,7 @@ Two decisions hold for every model of this project, in training and in use alike
 """
 
 import logging
+import os
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,61 @@ def load_packaged_minilm(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     # holds makes transformers print a report at every start.
     encoder.pooler = None
     return tokenizer, encoder.eval().requires_grad_(False)
+
+
+def load_text(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Load a tokenizer and a text encoder by name or folder; a folder touches no network.
+
+    Args:
+        name: "minilm" (from its package), ``open_clip:MODEL/WEIGHTS`` (see
+            :func:`~stvision.models.open_clip_text.parse_open_clip`), or a folder that holds
+            ``tokenizer/`` and ``text_encoder/``.
+        dtype: dtype of the loaded weights.
+
+    Returns:
+        ``(tokenizer, text_encoder)``, in evaluation mode, without gradients.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ImportError: what carries the encoder is not installed; the sentence holds the command.
+        ValueError: no such model or weights.
+    """
+    if name == "minilm":
+        return load_packaged_minilm(dtype)
+    if name.startswith("open_clip:"):
+        from stvision.models.open_clip_text import load_open_clip_text
+
+        return load_open_clip_text(name, dtype)
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
+
+    tokens, folder = text_folders(name)
+    kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    cls: Any = CLIPTextModel if kind.startswith("clip") else AutoModel
+    tokenizer = AutoTokenizer.from_pretrained(tokens, local_files_only=True)
+    encoder = cls.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    return tokenizer, encoder.eval().requires_grad_(False)
+
+
+def has_text(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds ``tokenizer/`` and ``text_encoder/``, as a diffusers pipeline does."""
+    return all((Path(folder) / part).is_dir() for part in ("tokenizer", "text_encoder"))
+
+
+def text_folders(name: str) -> list[Path]:
+    """Folders in which the files of a text encoder lie: of the tokenizer, and of the network last.
+
+    Raises:
+        FileNotFoundError: they are not there.
+        ImportError: ``name`` is "minilm", and its package is absent.
+    """
+    if name == "minilm":
+        return [packaged_minilm_folder()]
+    folder = Path(name)
+    if not has_text(folder):
+        raise FileNotFoundError(
+            f"{folder} must hold the folders tokenizer and text_encoder, as a diffusers pipeline has"
+        )
+    return [folder / "tokenizer", folder / "text_encoder"]
 
 
 def default_max_length(tokenizer: Any) -> int:

@@ -30,7 +30,7 @@ from stvision.train.encoders import (
     component_folder,
     encode_frames,
     load_vae,
-    text_folders,
+    text_digest,
 )
 from stvision.train.folders import replaced_folder
 from stvision.train.state import derive_seed
@@ -181,7 +181,7 @@ def cached_text(
     sentences.insert(0, "")
     row = {sentence: index for index, sentence in enumerate(sentences)}
     chosen = [[row[caption] for caption in entry["captions"]] for entry in entries]
-    key = digest([sentences, text.max_length, files_digest(*text_folders(text))])
+    key = digest([sentences, text.max_length, text_digest(text)])
     folder = Path(config.cache_dir) / f"text-{key}"
     if not (folder / "text.safetensors").is_file():
         encode = encoder()
@@ -223,7 +223,7 @@ class CacheConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Which clips."""
     text: TextConfig = field(default_factory=TextConfig)
-    """Which text encoder."""
+    """Which text encoder; `auto` is that of the folder of the VAE, where it holds one."""
     vae: str | None = None
     """Folder of the VAE, for latents."""
     device: str | None = None
@@ -234,7 +234,8 @@ def fill(config: CacheConfig) -> dict[str, int]:
     """Compute what is missing for both splits; number of clips by split."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     counts = {}
-    encoder = cache(lambda: TextEncoder(config.text, device))
+    text = config.text.chosen(config.vae)
+    encoder = cache(lambda: TextEncoder(text, device))
     for split in (config.data.split, config.data.validation_split):
         if config.data.cache == "latents":
             if config.vae is None:
@@ -244,7 +245,7 @@ def fill(config: CacheConfig) -> dict[str, int]:
             store = cached_frames(config.data, split)
         else:
             raise ValueError("data.cache is 'off': there is nothing to compute")
-        cached_text(config.data, config.text, store.entries, encoder)
+        cached_text(config.data, text, store.entries, encoder)
         counts[split] = len(store)
     return counts
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +11,41 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from stvision.models.text import (
-    default_max_length,
-    encode_text,
-    load_packaged_minilm,
-    packaged_minilm_folder,
-)
+from stvision.models.open_clip_text import PREFIX, parse_open_clip
+from stvision.models.text import default_max_length, encode_text, has_text, load_text, text_folders
+from stvision.optional import mend_torchvision, require
+from stvision.train.store import digest, files_digest
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """Which text encoder, and how long a sentence may be."""
 
-    encoder: str = "minilm"
-    """`minilm` (from its package) or a folder with `tokenizer/` and `text_encoder/`."""
+    encoder: str = "auto"
+    """`auto` (that of the folder whose networks are continued, where it holds one, else `minilm`),
+    `minilm` (from its package), a folder with `tokenizer/` and `text_encoder/`, or
+    `open_clip:MODEL/TAG`, `open_clip:MODEL/FILE` such as `open_clip:RN50/openai`."""
     max_length: int | None = None
     """Tokens a sentence, special ones included; none means the tokenizer's limit, at most 77."""
+
+    def chosen(self, base: str | None) -> "TextConfig":
+        """The same with `auto` replaced by what it stands for beside a folder of networks."""
+        if self.encoder != "auto":
+            return self
+        return replace(self, encoder="minilm" if base is None or not has_text(base) else base)
 
 
 class TextEncoder:
     """Tokenizer and encoder as one function of sentences.
 
     Args:
-        config: which.
+        config: which; `auto` stands for `minilm` here.
         device: where the encoder computes.
     """
 
     def __init__(self, config: TextConfig, device: torch.device | str = "cpu") -> None:
-        if config.encoder == "minilm":
-            self.tokenizer, self.model = load_packaged_minilm()
-        else:
-            self.tokenizer, self.model = _load_text(*text_folders(config))
-        self.model = self.model.to(device).eval().requires_grad_(False)
+        self.tokenizer, self.model = load_text(config.chosen(None).encoder)
+        self.model = self.model.to(device)
         self.max_length = config.max_length or default_max_length(self.tokenizer)
 
     @torch.no_grad()
@@ -51,31 +54,52 @@ class TextEncoder:
         return encode_text(self.tokenizer, self.model, texts, self.max_length).float()
 
 
-def text_folders(config: TextConfig) -> list[Path]:
-    """Where the files of tokenizer and encoder lie.
+def text_digest(config: TextConfig) -> str:
+    """Changes when another encoder would be loaded.
 
     Raises:
-        FileNotFoundError: they are not there.
+        FileNotFoundError, ImportError, ValueError: there is none.
     """
-    if config.encoder == "minilm":
-        return [packaged_minilm_folder()]
-    folder = Path(config.encoder)
-    if not (folder / "text_encoder").is_dir() or not (folder / "tokenizer").is_dir():
-        raise FileNotFoundError(
-            f"{folder} must hold the folders tokenizer and text_encoder, as a diffusers pipeline has"
+    name = config.chosen(None).encoder
+    if not name.startswith(PREFIX):
+        return files_digest(*text_folders(name))
+    _, weights = parse_open_clip(name)
+    local = Path(name.rpartition("local-dir:")[2] if weights is None else weights)
+    return digest([name, files_digest(local) if local.exists() else None])
+
+
+def check_text(config: TextConfig, width: Any, unet: str, base: str | None) -> None:
+    """See to it that the text encoder is there and suits the U-Net, before anything costly is done.
+
+    Args:
+        config: which encoder.
+        width: of the states that the U-Net reads, as its configuration says it.
+        unet: what error sentences call the U-Net.
+        base: folder that may hold a text encoder of its own, which they then offer.
+
+    Raises:
+        FileNotFoundError, ImportError: there is no such encoder.
+        ValueError: its states have another width.
+    """
+    offer = ""
+    if base is not None and has_text(base) and config.encoder != base:
+        offer = f"; {base} holds a text encoder of its own: give --text.encoder {base}"
+    name = config.chosen(None).encoder
+    if name.startswith(PREFIX):
+        parse_open_clip(name)
+        mend_torchvision()
+        require("open_clip", extra="vision", distribution="open_clip_torch", pinned=True)
+        return
+    try:
+        folder = text_folders(name)[-1]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{offer}") from error
+    found = json.loads((folder / "config.json").read_text()).get("hidden_size")
+    if isinstance(found, int) and isinstance(width, int) and found != width:
+        raise ValueError(
+            f"{unet} reads text states of width {width}, but those of text.encoder {name!r} have "
+            f"{found}{offer}"
         )
-    return [folder / "tokenizer", folder / "text_encoder"]
-
-
-def _load_text(tokenizer: Path, encoder: Path) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
-
-    kind = AutoConfig.from_pretrained(encoder, local_files_only=True).model_type
-    cls: Any = CLIPTextModel if kind.startswith("clip") else AutoModel
-    return (
-        AutoTokenizer.from_pretrained(tokenizer, local_files_only=True),
-        cls.from_pretrained(encoder, local_files_only=True),
-    )
 
 
 def load_vae(path: str, device: torch.device | str = "cpu") -> Any:
@@ -97,6 +121,16 @@ def component_folder(path: str, name: str) -> Path:
     raise FileNotFoundError(f"{path} is neither a {name} folder nor a pipeline folder with {name}/")
 
 
+def read_config(path: str, name: str) -> dict[str, Any]:
+    """Configuration of a component, without its weights.
+
+    Raises:
+        FileNotFoundError: see :func:`component_folder`.
+    """
+    config: dict[str, Any] = json.loads((component_folder(path, name) / "config.json").read_text())
+    return config
+
+
 def check_sizes(path: str, sizes: Iterable[tuple[int, int]]) -> None:
     """See to it that a VAE's latents have whole sizes, before anything costly is done.
 
@@ -108,7 +142,7 @@ def check_sizes(path: str, sizes: Iterable[tuple[int, int]]) -> None:
         FileNotFoundError: no VAE there.
         ValueError: a size that the VAE's factor does not divide; the nearest ones are named.
     """
-    config = json.loads((component_folder(path, "vae") / "config.json").read_text())
+    config = read_config(path, "vae")
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     for height, width in sizes:
         if height % factor or width % factor:

@@ -18,7 +18,7 @@ from stvision.io import Clip, write_strip
 from stvision.models.sampling import randn_per_sample
 from stvision.train.data import DataConfig
 from stvision.train.diffusion import DiffusionConfig, Noising, draw_latents, weighted_error
-from stvision.train.encoders import TextConfig, decode_latents, load_vae
+from stvision.train.encoders import TextConfig, check_text, decode_latents, load_vae
 from stvision.train.entry import announce, report, seeded
 from stvision.train.loop import Batch, LoopConfig, Outcome, Task, fit, make_accelerator
 from stvision.train.sources import Held, prepare
@@ -157,6 +157,7 @@ class ImageTask(Task):
 
 def run(config: ImageConfig) -> Outcome:
     """Train, or continue."""
+    check_text(config.text, config.unet.get("cross_attention_dim"), "the U-Net", config.vae)
     started = announce(config)
     accelerator = make_accelerator(config.loop)
     prepared = prepare(

@@ -25,7 +25,15 @@ from stvision.models.sampling import denoise, randn_per_sample, text_per_frame
 from stvision.models.seer import SeerUNetModel
 from stvision.train.data import DataConfig
 from stvision.train.diffusion import DiffusionConfig, Noising, draw_latents, weighted_error
-from stvision.train.encoders import TextConfig, component_folder, decode_latents, load_vae
+from stvision.train.encoders import (
+    TextConfig,
+    TextEncoder,
+    check_text,
+    component_folder,
+    decode_latents,
+    load_vae,
+    read_config,
+)
 from stvision.train.entry import announce, report, seeded
 from stvision.train.loop import Batch, LoopConfig, Outcome, Task, fit, make_accelerator
 from stvision.train.lora import LoraConfig, add_lora, merged_state, save_lora
@@ -49,7 +57,7 @@ class SeerConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Clips."""
     text: TextConfig = field(default_factory=TextConfig)
-    """Text encoder."""
+    """Text encoder; `auto` is that of `base`, where it holds one."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     """Noise, target and text dropout."""
     unet: dict[str, Any] = field(default_factory=dict)
@@ -301,18 +309,17 @@ class SeerTask(Task):
         scheduler = type(self.noising.scheduler)
         if not scheduler.__module__.startswith("diffusers"):
             index["scheduler"] = ["stvision", scheduler.__name__]
-        if config.text.encoder == "minilm":
+        text = config.text.chosen(config.base)
+        if text.encoder == "minilm":
             index["text_model"] = "minilm"
         else:
-            index |= _save_text(Path(config.text.encoder), folder, dtype)
+            index |= _save_text(text, folder, dtype)
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _save_text(origin: Path, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+def _save_text(text: TextConfig, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Copy tokenizer and text encoder; their entries of the index."""
-    from stvision.train.encoders import TextEncoder
-
-    encoder = TextEncoder(TextConfig(encoder=str(origin)))
+    encoder = TextEncoder(text)
     encoder.tokenizer.save_pretrained(folder / "tokenizer")
     encoder.model.to(dtype).save_pretrained(folder / "text_encoder")
     return {
@@ -378,6 +385,9 @@ class FSTextTask(Task):
 
 def run(config: SeerConfig) -> Outcome:
     """Train, or continue."""
+    text = config.text.chosen(config.base)
+    unet = config.unet if config.base is None else read_config(config.base, "unet")
+    check_text(text, unet.get("cross_attention_dim"), "the image U-Net", config.base)
     started = announce(config)
     accelerator = make_accelerator(config.loop)
     prepared = prepare(
@@ -385,7 +395,7 @@ def run(config: SeerConfig) -> Outcome:
         config.loop,
         accelerator,
         seed=config.seed,
-        text=config.text,
+        text=text,
         vae=config.vae,
     )
     fstext = None

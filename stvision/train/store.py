@@ -29,10 +29,11 @@ def digest(value: Any) -> str:
 
 
 def files_digest(*folders: Path) -> str:
-    """Short hash of the names and contents of all files in folders, such as a stored network."""
+    """Short hash of the names and contents of files, or of all files in folders."""
     state = hashlib.blake2b(digest_size=10)
     for folder in folders:
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        found = [folder] if folder.is_file() else folder.rglob("*")
+        for file in sorted(path for path in found if path.is_file()):
             state.update(file.relative_to(folder).as_posix().encode())
             with file.open("rb") as stream:
                 state.update(hashlib.file_digest(stream, "blake2b").digest())

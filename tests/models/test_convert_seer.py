@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from support_seer import tiny_stable_diffusion
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stvision.cli import convert as command
 from stvision.models.convert_seer import convert_seer, find_release, load_state
@@ -105,37 +104,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, capsys) -> None:
 @pytest.fixture
 def stable_diffusion(tmp_path):
     """A Stable Diffusion folder of tiny random parts."""
-    root = tmp_path / "sd"
-    torch.manual_seed(0)
-    UNet2DConditionModel(**IMAGE).save_pretrained(root / "unet")
-    AutoencoderKL(
-        block_out_channels=(8,),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-    ).save_pretrained(root / "vae")
-    words = root / "words"
-    words.mkdir()
-    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "o</w>": 2, "p</w>": 3}
-    (words / "vocab.json").write_text(json.dumps(vocabulary))
-    (words / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"))
-    tokenizer.model_max_length = 8
-    tokenizer.save_pretrained(root / "tokenizer")
-    config = CLIPTextConfig(
-        vocab_size=4,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    CLIPTextModel(config).save_pretrained(root / "text_encoder")
-    DDIMScheduler().save_pretrained(root / "scheduler")
-    return root
+    return tiny_stable_diffusion(tmp_path / "sd", IMAGE)
 
 
 def test_command_writes_a_pipeline_folder(release, stable_diffusion, tmp_path, capsys) -> None:

@@ -511,7 +511,9 @@ def test_packaged_text_is_referred_to_and_not_written(tmp_path):
     assert torch.equal(
         loaded.encode_prompt(["open the drawer"]), pipe.encode_prompt(["open the drawer"])
     )
-    with pytest.raises(ValueError, match="text_model must be one of"):
+    with pytest.raises(
+        ValueError, match="text_model must be 'minilm', 'open_clip:MODEL/WEIGHTS' or None, got 't5'"
+    ):
         SeerPipeline(**parts, text_model="t5")
 
 
