@@ -9,3 +9,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("stvision.cli.eval", "score predictions against real clips"),
     "env": ("stvision.cli.env", "show versions, devices and what each optional backend says"),
 }
+
+#: subcommand -> what helps where memory runs out
+MEMORY_ADVICE: dict[str, str] = {
+    "predict": "give --memory 8GB, which picks offload, chunk sizes and precision for that much, or "
+    "a smaller --size, fewer --num-frames or --dtype bfloat16",
+    "eval": "give a smaller --batch-size or --size",
+    "convert": "give --dtype float16",
+    "data": "give fewer --workers",
+}

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from stvision import __version__
-from stvision.cli import COMMANDS
+from stvision.cli import COMMANDS, MEMORY_ADVICE
+from stvision.failures import REFUSALS, TRACEBACK, WRONG_INPUT, explain
 
 
 def _overview() -> str:
@@ -21,6 +22,8 @@ def _overview() -> str:
             "",
             "commands:",
             *lines,
+            "",
+            f"{TRACEBACK}=1 in the environment shows where a command failed.",
         ]
     )
 
@@ -32,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: words after ``stvision``; the process's own when ``None``.
 
     Returns:
-        Exit status: 0 success, 2 a wrong argument, a missing file or a missing dependency (one
-        sentence on standard error), 130 interrupted. ``STVISION_TRACEBACK=1`` shows the traceback
-        of such a failure instead.
+        Exit status: 0 success, 1 a failure on the way, such as memory that ran out, 2 a wrong
+        argument, a missing file or a missing dependency, 130 interrupted. Failures are one sentence
+        on standard error; ``STVISION_TRACEBACK=1`` shows the traceback instead.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in {"-h", "--help", "help"}:
@@ -68,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stvision: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get("STVISION_TRACEBACK"):
+    except (*WRONG_INPUT, *REFUSALS) as error:
+        if os.environ.get(TRACEBACK):
             raise
-        print(f"stvision {name}: {error}", file=sys.stderr)
-        return 2
+        print(f"stvision {name}: {explain(error, MEMORY_ADVICE.get(name, ''))}", file=sys.stderr)
+        return 2 if isinstance(error, WRONG_INPUT) else 1
 
 
 if __name__ == "__main__":

@@ -11,8 +11,15 @@ from typing import Any
 import torch
 
 from stvision.config import dump_config
+from stvision.failures import REFUSALS, TRACEBACK, WRONG_INPUT, explain
 from stvision.train.compilation import keep_compiled
 from stvision.train.loop import Outcome
+
+MEMORY_ADVICE = (
+    "give a smaller --loop.batch-size with more --loop.gradient-accumulation-steps, "
+    "--loop.mixed-precision bf16, or --gradient-checkpointing where the task has it; the same "
+    "command then continues from the last checkpoint"
+)
 
 
 @contextmanager
@@ -36,15 +43,18 @@ def announce(config: Any) -> float:
 
 
 def report(run: Callable[[Any], Outcome], parse: Callable[[], Any]) -> int:
-    """Run a task and print how it ended; wrong input becomes one sentence and status 2."""
+    """Run a task and print how it ended.
+
+    Wrong input becomes one sentence and status 2, a failure on the way one and status 1.
+    """
     try:
         config = parse()
         outcome = run(config)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get("STVISION_TRACEBACK"):
+    except (*WRONG_INPUT, *REFUSALS) as error:
+        if os.environ.get(TRACEBACK):
             raise
-        print(f"stvision train: {error}", file=sys.stderr)
-        return 2
+        print(f"stvision train: {explain(error, MEMORY_ADVICE)}", file=sys.stderr)
+        return 2 if isinstance(error, WRONG_INPUT) else 1
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 
-from stvision.cli import COMMANDS, env
+from stvision.cli import COMMANDS, MEMORY_ADVICE, env
 from stvision.cli.main import main
+from stvision.failures import explain
+from stvision.train.entry import report
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture) -> None:
@@ -64,3 +67,65 @@ def test_env_json_is_one_object(monkeypatch, capsys: pytest.CaptureFixture) -> N
     assert main(["env", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["required"]["torch"] and report["optional"][0]["name"] == "peft"
+
+
+GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has ...")
+HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
+WORKER = RuntimeError(
+    "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    "  File 'x.py', line 1\nOSError: clip.mp4 is a folder"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (GPU, "out of memory (CUDA out of memory. Tried to allocate 9.00 GiB"),
+        (HOST, "out of memory ([enforce fail]"),
+        (MemoryError(), "out of memory; give --memory"),
+        (WORKER, "OSError: clip.mp4 is a folder (STVISION_TRACEBACK=1 shows where)"),
+        (RuntimeError("no kernel"), "no kernel (STVISION_TRACEBACK=1 shows where)"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_sentence(
+    error: Exception, said: str, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    from stvision.cli import predict
+
+    def run(command) -> int:
+        raise error
+
+    monkeypatch.setattr(predict, "run", run)
+    monkeypatch.delenv("STVISION_TRACEBACK", raising=False)
+    words = ["predict", "a.png", "--prompt", "push"]
+    assert main(words) == 1
+    shown = capsys.readouterr().err.strip()
+    assert said in shown and len(shown.splitlines()) == 1
+    assert (MEMORY_ADVICE["predict"] in shown) == ("out of memory" in said)
+    monkeypatch.setenv("STVISION_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        main(words)
+
+
+def test_a_training_out_of_memory_says_what_to_change(
+    monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    def run(config) -> None:
+        raise GPU
+
+    monkeypatch.delenv("STVISION_TRACEBACK", raising=False)
+    assert report(run, lambda: None) == 1
+    assert "--loop.batch-size" in capsys.readouterr().err
+
+
+def test_advice_names_options_that_exist(capsys: pytest.CaptureFixture) -> None:
+    for name, advice in MEMORY_ADVICE.items():
+        words = [word.strip(",;") for word in advice.split() if word.startswith("--")]
+        inner = {"eval": ["predict"], "data": ["metaworld"]}.get(name, [])
+        main([name, *inner, "--help"])
+        shown = capsys.readouterr().out
+        assert words and all(word in shown for word in words), name
+
+
+def test_wrong_input_of_several_lines_stays_one() -> None:
+    assert explain(ValueError("first\n\n  second")) == "first second"
