@@ -12,9 +12,13 @@ from stvision.kernels.neighborhood.triton_tiles import supports
 from stvision.kernels.neighborhood.windows import Axis
 
 BACKENDS = ("sdpa", "triton", "flex", "blocked", "reference")
-#: order in which an automatic choice tries the backends; "triton" joins once its kernels have
-#: passed the tests marked ``gpu`` on a device
-AUTOMATIC = ("sdpa", "blocked", "reference")
+#: whether the Triton kernels have passed the tests marked ``gpu`` on a device
+TRITON_IS_CHECKED = False
+#: order in which an automatic choice tries the backends, by type of device
+AUTOMATIC = {
+    "cuda": ("sdpa", *(["triton"] if TRITON_IS_CHECKED else []), "blocked", "reference"),
+    "cpu": ("sdpa", "blocked", "reference"),
+}
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -116,6 +120,7 @@ def choose(request: Request, backend: str | None) -> Choice:
     Raises:
         ValueError: ``backend`` is unknown or cannot run the request.
     """
+    automatic = AUTOMATIC.get(request.device.type, AUTOMATIC["cpu"])
     reasons = {}
     for name in BACKENDS:
         why = WHY_NOT[name](request)
@@ -128,12 +133,12 @@ def choose(request: Request, backend: str | None) -> Choice:
             raise ValueError(f"backend {backend!r} cannot run this call: {reasons[backend]}")
         chosen = backend
     else:
-        chosen = next(name for name in AUTOMATIC if name not in reasons)
+        chosen = next(name for name in automatic if name not in reasons)
     for name in BACKENDS:
         if name != chosen and name not in reasons:
             if backend is not None:
                 reasons[name] = "could run, but another was asked for"
-            elif name in AUTOMATIC:
+            elif name in automatic:
                 reasons[name] = f"could run, but comes after {chosen}"
             else:
                 reasons[name] = "could run, but only when asked for"

@@ -1,15 +1,34 @@
 """Launch the Triton kernels: layouts, tables and shapes. Imported only when this backend runs."""
 
 import math
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 from triton.runtime.errors import OutOfResources
 
-from stvision.kernels.neighborhood import blocked, triton_kernels
+from stvision.kernels.neighborhood import blocked, triton_boxes, triton_config, triton_kernels
 from stvision.kernels.neighborhood.choice import interpreted
-from stvision.kernels.neighborhood.triton_tiles import Tiles, choose_tiles, on_device, three_axes
+from stvision.kernels.neighborhood.triton_tiles import (
+    Tiles,
+    choose_tiles,
+    on_device,
+    runs,
+    three_axes,
+)
 from stvision.kernels.neighborhood.windows import Axis
+
+LOG2E = math.log2(math.e)
+
+#: gradients in one pass, where nothing asks for bit-equal repeats
+ONE_PASS = True
+
+#: largest float32 sum of the one-pass backward, over the bytes of all its other tensors
+WORKSPACE_SHARE = 0.07
+
+#: programs of one launch that keep every processor of a large GPU busy
+BUSY = 512
 
 #: pipeline depth that fits a device's shared memory, found at the first launch that did not
 _DEPTH: dict[tuple[Any, ...], int] = {}
@@ -19,11 +38,12 @@ def _launch(
     kernel: Any, programs: int, device: torch.device, arguments: tuple, constants: dict[str, Any]
 ) -> None:
     """Launch, with a shallower load pipeline where the device has too little shared memory."""
-    known = (kernel.__name__, device, *constants.values(), arguments[0].dtype)
+    first = arguments[0]
+    known = (kernel.__name__, device, *constants.values(), getattr(first, "base", first).dtype)
     depth = _DEPTH.get(known, constants["num_stages"])
     while True:
         try:
-            with torch.cuda.device_of(arguments[0]):
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 kernel[(programs,)](*arguments, **(constants | {"num_stages": depth}))
         except OutOfResources:
             if depth == 1:
@@ -67,6 +87,290 @@ def _descriptors(k: torch.Tensor, v: torch.Tensor, box: tuple[int, ...]) -> tupl
         shape = [*x.shape[:4], x.shape[4] * size]
         found.append(TensorDescriptor(x, shape, strides, [1, *box, size]))
     return found[0], found[1]
+
+
+@lru_cache(maxsize=16)
+def _device_name(device: torch.device) -> str | None:
+    """Name of a device with a tensor memory unit, ``None`` for others."""
+    if interpreted():
+        return "interpreter"
+    if torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
+        return None
+    return torch.cuda.get_device_name(device)
+
+
+def _box(x: torch.Tensor, box: tuple[int, int, int], width: int) -> Any | None:
+    """Tensor-map descriptor that loads boxes of one head, ``None`` where the layout forbids it.
+
+    Args:
+        x: (B, T, H, W, heads, d) with a dense last axis.
+        box: tokens of a box per axis.
+        width: columns of a box, at least d.
+    """
+    *lengths, heads, size = x.shape
+    *strides, head_stride, _ = x.stride()
+    bytes_ = x.element_size()
+    if heads > 1 and (head_stride != size or size * bytes_ % 16):
+        return None
+    # the stride of an axis of one token is never walked, but must be a valid one
+    whole = -(-heads * size // 16) * 16
+    strides = [whole if n == 1 else s for n, s in zip(lengths, strides, strict=True)]
+    if x.data_ptr() % 16 or any(s <= 0 or s * bytes_ % 16 for s in strides):
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, [*lengths, heads * size], [*strides, 1], [1, *box, width])
+
+
+def _lean_shapes(
+    kernel: triton_config.Kernel,
+    q: torch.Tensor,
+    v: torch.Tensor,
+    axes: tuple[Axis, Axis, Axis],
+    tile: tuple[int, ...] | None,
+    rank: int,
+) -> Tiles | None:
+    name = _device_name(q.device)
+    if name is None:
+        return None
+    size = max(q.shape[-1], v.shape[-1])
+    if tile is not None:
+        return _sizes(tile, axes[3 - rank :], size, q.element_size())
+    return triton_config.shapes(kernel, axes, size, q.element_size(), name)
+
+
+def _lean_constants(x: torch.Tensor, v: torch.Tensor, tiles: Tiles, align: int) -> dict[str, Any]:
+    names = ("QT", "QH", "QW", "KT", "KH", "KW")
+    d, dv = x.shape[-1], v.shape[-1]
+    constants = dict(zip(names, (*tiles.query, *tiles.key), strict=True)) | {
+        "D": d,
+        "DV": dv,
+        "BD": _padded(d),
+        "BDV": _padded(dv),
+        "ALIGN": align,
+        "PRECISION": _precision(x.dtype),
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+    return constants | ({"maxnreg": tiles.registers} if tiles.registers else {})
+
+
+def _padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _is_lean(
+    query: torch.Tensor,
+    rpb: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    axes: tuple[Axis, ...],
+    scale: float,
+) -> bool:
+    """Whether ``triton_boxes`` computes this; float32 on a GPU has no product that feeds on it."""
+    plain = rpb is None and key_mask is None and scale > 0
+    fits = query.element_size() == 2 or interpreted()
+    return plain and fits and all(axis.dilation == 1 for axis in axes)
+
+
+def _divided(*tensors: torch.Tensor) -> tuple[int, list[int]]:
+    """Common divisor of the strides, at most 16, and the strides divided by it."""
+    strides = [stride for x in tensors for stride in x.stride()[:5]]
+    align = math.gcd(16, *strides)
+    return align, [stride // align for stride in strides]
+
+
+def _lean_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    axes: tuple[Axis, Axis, Axis],
+    scale: float,
+    tile: tuple[int, ...] | None,
+    rank: int,
+) -> bool:
+    """Fill ``out`` and ``lse`` where a box kernel can; whether it did."""
+    tiles = _lean_shapes("forward", q, v, axes, tile, rank)
+    if tiles is None:
+        return False
+    align, strides = _divided(q)
+    constants = _lean_constants(q, v, tiles, align)
+    boxes = _box(k, tiles.key, constants["BD"]), _box(v, tiles.key, constants["BDV"])
+    if None in boxes:
+        return False
+    counts = [-(-n // t) for n, t in zip(q.shape[1:4], tiles.query, strict=True)]
+    heads = q.shape[4]
+    arguments = (
+        q,
+        *boxes,
+        out,
+        lse,
+        runs(axes, False, str(q.device)),
+        counts[1],
+        counts[2],
+        math.prod(counts),
+        heads,
+        heads // k.shape[4],
+        scale * LOG2E,
+        *q.shape[1:4],
+        *strides,
+    )
+    programs = math.prod(counts) * q.shape[0] * heads
+    _launch(triton_boxes.forward_boxes, programs, q.device, arguments, constants)
+    return True
+
+
+def _lean_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    axes: tuple[Axis, Axis, Axis],
+    scale: float,
+    tile: tuple[int, ...] | None,
+    rank: int,
+    one_pass: bool,
+) -> bool:
+    """Fill the gradients of query, key and value where box kernels can; whether they did."""
+    batch, *grid, heads, d = q.shape
+    kv_heads, dv = k.shape[4], v.shape[-1]
+    groups = heads // kv_heads
+    keys = _lean_shapes("once" if one_pass else "key", q, v, axes, tile, rank)
+    queries = _lean_shapes("query", q, v, axes, tile, rank)
+    if keys is None or queries is None:
+        return False
+    up = grad_out.view(batch, *grid, heads, dv)
+    align, strides = _divided(k, v)
+    constants = _lean_constants(q, v, keys, align)
+    walked = _box(q, keys.query, constants["BD"]), _box(up, keys.query, constants["BDV"])
+    q_align, q_strides = _divided(q)
+    q_constants = _lean_constants(q, v, queries, q_align)
+    boxes = _box(k, queries.key, q_constants["BD"]), _box(v, queries.key, q_constants["BDV"])
+    if None in walked or (None in boxes and not one_pass):
+        return False
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    device = str(q.device)
+    # rows of a tensor map are a multiple of 16 bytes apart
+    pad = -(-grid[2] // 4) * 4
+    stats = torch.empty((2, batch * heads, *grid[:2], pad), dtype=torch.float32, device=q.device)
+    rows = lse.numel()
+    block = max(16, min(128, 4096 // constants["BDV"]))
+    _launch(
+        triton_boxes.row_sums,
+        -(-rows // block),
+        q.device,
+        (
+            out,
+            up,
+            lse,
+            grad_lse,
+            stats,
+            rows,
+            math.prod(grid),
+            grid[2],
+            pad,
+            heads,
+            stats[0].numel(),
+        ),
+        {"DV": dv, "BDV": constants["BDV"], "R": block, "num_warps": 4, "num_stages": 1},
+    )
+    box = [1, *keys.query]
+    shape = [batch * heads, *grid]
+    # Triton's interpreter has neither bulk sums nor boxes that start anywhere
+    bulk = not interpreted() and d % 4 == 0 and keys.query[2] >= 4
+    totals, deltas = (TensorDescriptor(x, shape, [*x.stride()], box) if bulk else x for x in stats)
+    grad_q, grad_k, grad_v = grads
+    counts = [-(-n // t) for n, t in zip(k.shape[1:4], keys.key, strict=True)]
+    share = kv_heads
+    workspace = grad_q6 = None
+    if one_pass:
+        bytes_ = q.element_size() * (4 * q.numel() + 2 * k.numel() + 2 * v.numel())
+        allowed = WORKSPACE_SHARE * bytes_ / (4 * q.numel() / kv_heads)
+        # at least as many programs at a time as keep every processor busy
+        busy = BUSY / (math.prod(counts) * batch)
+        share = min(kv_heads, max(1, math.ceil(busy), int(allowed)))
+        while kv_heads % share:
+            share -= 1
+        workspace = torch.empty(
+            (batch, *grid, share * groups, d), dtype=torch.float32, device=q.device
+        )
+        grad_q6 = grad_q.view(batch, *grid, heads, d)
+    bounds = runs(axes, True, device)
+    for head0 in range(0, kv_heads, share):
+        target: Any = grad_q
+        if workspace is not None:
+            workspace.zero_()
+            target = _box(workspace, keys.query, constants["BD"]) if bulk else workspace
+        arguments = (
+            walked[0],
+            k,
+            v,
+            walked[1],
+            totals,
+            deltas,
+            grad_k,
+            grad_v,
+            target,
+            bounds,
+            counts[1],
+            counts[2],
+            math.prod(counts),
+            share,
+            groups,
+            scale * LOG2E,
+            scale,
+            head0,
+            kv_heads,
+            *k.shape[1:4],
+            *grid,
+            pad,
+            *strides,
+        )
+        _launch(
+            triton_boxes.key_gradient_boxes,
+            math.prod(counts) * batch * share,
+            q.device,
+            arguments,
+            constants | {"GRAD_Q": one_pass, "BULK": bulk},
+        )
+        if workspace is not None and grad_q6 is not None:
+            grad_q6[..., head0 * groups : (head0 + share) * groups, :] = workspace
+    if one_pass:
+        return True
+    counts = [-(-n // t) for n, t in zip(grid, queries.query, strict=True)]
+    arguments = (
+        q,
+        *boxes,
+        up,
+        stats,
+        grad_q,
+        runs(axes, False, device),
+        counts[1],
+        counts[2],
+        math.prod(counts),
+        heads,
+        groups,
+        scale * LOG2E,
+        scale,
+        *grid,
+        pad,
+        stats[0].numel(),
+        *q_strides,
+    )
+    _launch(
+        triton_boxes.query_gradient_boxes,
+        math.prod(counts) * batch * heads,
+        q.device,
+        arguments,
+        q_constants,
+    )
+    return True
 
 
 def _sizes(tile: tuple[int, ...] | None, axes: tuple[Axis, ...], dim: int, bytes_: int) -> Tiles:
@@ -141,13 +445,16 @@ def forward(
             given.
         boxes: load keys through tensor descriptors; ``None`` does where the device can.
     """
-    tiles = _sizes(tile, axes, max(key.shape[-1], value.shape[-1]), query.element_size())
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if not out.numel():
         return out, lse
     q, k, v = _grid3(query), _grid3(key), _grid3(value)
     filled = three_axes(axes)
+    lean = boxes is not False and _is_lean(query, rpb, key_mask, axes, scale)
+    if lean and _lean_forward(q, k, v, out, lse, filled, scale, tile, len(axes)):
+        return out, lse
+    tiles = _sizes(tile, axes, max(key.shape[-1], value.shape[-1]), query.element_size())
     tables = on_device(filled, tiles.query, "query", str(q.device))
     bounds = on_device(filled, tiles.query, "bounds", str(q.device))
     numbers, constants = _common(q, k, v, filled, tiles, rpb, key_mask)
@@ -198,11 +505,14 @@ def backward(
     scale: float,
     tile: tuple[int, ...] | None = None,
     deterministic: bool = False,
+    boxes: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of query, key, value and rpb.
 
-    Those of query, key and value repeat bit by bit. That of ``rpb`` is summed over all tiles with
-    atomics; with ``deterministic`` a call with ``rpb`` runs its backward on the blocked path.
+    With ``deterministic`` all of them repeat bit by bit; a call with ``rpb`` then runs its backward
+    on the blocked path. Else that of ``rpb``, and on GPUs with a tensor memory unit that of
+    ``query``, are sums in the order in which programs come by. ``boxes=False`` keeps to the kernels
+    that load through pointers.
     """
     if rpb is not None and deterministic:
         return blocked.backward(
@@ -217,14 +527,23 @@ def backward(
         rpb = rpb.contiguous()
     if not query.numel():
         return grad_q, grad_k, grad_v, None if rpb is None else torch.zeros_like(rpb)
+    grad_out, lse, grad_lse = grad_out.contiguous(), lse.contiguous(), grad_lse.contiguous()
+    q, k, v = _grid3(query), _grid3(key), _grid3(value)
+    filled = three_axes(axes)
+    grads = grad_q, grad_k, grad_v
+    rank, one_pass = len(axes), ONE_PASS and not deterministic
+    if (
+        boxes is not False
+        and _is_lean(query, rpb, key_mask, axes, scale)
+        and _lean_backward(
+            grad_out, grad_lse, q, k, v, out, lse, grads, filled, scale, tile, rank, one_pass
+        )
+    ):
+        return *grads, None
     size = max(key.shape[-1], value.shape[-1])
     # two products more live at once than in the forward, so the boxes are those of twice the size
     tiles = _sizes(tile, axes, 2 * size, query.element_size())
-    q, k, v = _grid3(query), _grid3(key), _grid3(value)
-    filled = three_axes(axes)
-    grad_out = grad_out.contiguous()
     delta = (grad_out.float() * out).sum(-1) - grad_lse
-    lse = lse.contiguous()
     bounds = on_device(filled, tiles.query, "bounds", str(q.device))
     numbers, constants = _common(q, k, v, filled, tiles, rpb, key_mask)
     mask = q if key_mask is None else key_mask.contiguous().view(torch.uint8)

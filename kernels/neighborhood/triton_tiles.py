@@ -28,12 +28,14 @@ class Tiles:
         key: keys of a box per axis.
         warps: warps of a program.
         stages: depth of the load pipeline.
+        registers: most registers of a thread, 0 for no limit.
     """
 
     query: tuple[int, int, int]
     key: tuple[int, int, int]
     warps: int = 4
     stages: int = 2
+    registers: int = 0
 
 
 def three_axes(axes: tuple[Axis, ...]) -> tuple[Axis, Axis, Axis]:
@@ -103,6 +105,24 @@ def bounds(axis: Axis) -> torch.Tensor:
     """(3, query_length) int32: first visible place, place after the last, own place."""
     tables = axis_tables(axis)
     return torch.stack([tables.start, tables.stop, tables.place]).to(torch.int32)
+
+
+@lru_cache(maxsize=64)
+def runs(axes: tuple[Axis, Axis, Axis], of_keys: bool, device: str) -> torch.Tensor:
+    """Runs of the kernels in ``triton_boxes``: int32 first and past-the-last, axis after axis.
+
+    The run of a query holds the keys that it sees, that of a key (``of_keys``) the queries that see
+    it; neither end steps back from one token to the next. Dilation 1 only.
+    """
+    parts = []
+    for axis in axes:
+        tables = axis_tables(axis)
+        start, stop = tables.start, tables.stop
+        if of_keys:
+            keys = torch.arange(axis.key_length)
+            start, stop = (torch.searchsorted(x, keys, right=True) for x in (stop, start))
+        parts += [start, stop]
+    return torch.cat(parts).to(torch.int32).to(device)
 
 
 @lru_cache(maxsize=64)

@@ -71,6 +71,64 @@ def test_float16() -> None:
     run(torch.float16, CASES["shifted windows"])
 
 
+BOX_CASES = {
+    "shifted windows": ((2, 4, 4), (2, 2, 4), CASES["shifted windows"]),
+    "grouped, batch, head sizes 40 and 24": (
+        (1, 4, 4),
+        (4, 1, 8),
+        CASES["grouped, batch, head sizes 40 and 24"],
+    ),
+    "stride": ((4, 4), (2, 8), CASES["stride"]),
+    "causal": ((2, 2, 4), (1, 4, 4), CASES["causal"]),
+    "one axis": ((16,), (32,), Problem(5, 1, (37,), 2, 2, 8, 8, {"kernel_size": (6,)})),
+    "valid": ((4, 4), (2, 8), CASES["valid"]),
+    "other grid": ((2, 8), (4, 4), CASES["other grid"]),
+}
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("name", BOX_CASES)
+def test_box_kernels(name: str, deterministic: bool) -> None:
+    """Tiles and boxes that end past the grid and past the windows, in both backwards."""
+    from stvision.kernels.neighborhood import triton_boxes
+
+    dtype = torch.float32 if interpreted() else torch.bfloat16
+    query, key, problem = BOX_CASES[name]
+    ran = []
+    kernel = triton_boxes.forward_boxes
+    hook = kernel.pre_run_hooks
+    hook.append(lambda *args, **kwargs: ran.append(True))
+    try:
+        run(dtype, problem, q_tile_shape=query, kv_tile_shape=key, deterministic=deterministic)
+    finally:
+        hook.pop()
+    assert ran or (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9)
+
+
+def test_both_backwards_agree_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one-pass backward sums the gradient of queries for a share of the heads at a time."""
+    from stvision.kernels.neighborhood import triton_launch
+
+    monkeypatch.setattr(triton_launch, "WORKSPACE_SHARE", 0.0)
+    monkeypatch.setattr(triton_launch, "BUSY", 1)
+    g = torch.Generator().manual_seed(0)
+    dtype = torch.float32 if interpreted() else torch.bfloat16
+    q = torch.randn(1, 3, 6, 5, 6, 16, generator=g).to(DEVICE, dtype).requires_grad_()
+    k, v = (
+        torch.randn(1, 3, 6, 5, 3, 16, generator=g).to(DEVICE, dtype).requires_grad_()
+        for _ in range(2)
+    )
+    two, one = (
+        torch.autograd.grad(
+            na3d(q, k, v, (2, 3, 3), backend="triton", deterministic=deterministic).square().sum(),
+            (q, k, v),
+        )
+        for deterministic in (True, False)
+    )
+    for a, b in zip(two, one, strict=True):
+        assert relative_error(b, a.double().cpu()) < (1e-5 if interpreted() else 1e-2)
+
+
 def test_small_tiles_reach_every_border() -> None:
     run(torch.float32, CASES["shifted windows"], q_tile_shape=(2, 4, 2))
 
@@ -138,7 +196,7 @@ def test_boxes_through_tensor_descriptors(dim: int) -> None:
 def test_descriptors_refuse_what_they_cannot_load() -> None:
     from stvision.kernels.neighborhood import triton_launch
 
-    q = torch.randn(1, 4, 6, 2, 24, device=DEVICE)
+    q = torch.randn(1, 4, 6, 2, 6, device=DEVICE)
     axes, _ = build_axes((4, 6), (4, 6), kernel_size=3)
     with pytest.raises(ValueError, match="tensor descriptors cannot load"):
         triton_launch.forward(q, q, q, None, None, axes, 0.2, boxes=True)

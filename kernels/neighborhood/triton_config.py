@@ -1,0 +1,193 @@
+"""Shapes of the box kernels: shipped ones, a cache on disk, and a model for all other problems.
+
+Order of :func:`shapes`: what :func:`forced` says, the cache that ``python -m
+stvision.kernels.neighborhood.tune`` writes, the shipped table, the best of :func:`candidates`.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from stvision.kernels.neighborhood.triton_tiles import Tiles, _shapes
+from stvision.kernels.neighborhood.windows import Axis, axis_tables
+
+Kernel = Literal["forward", "query", "key", "once"]
+#: "forward"; gradient of queries; gradients of keys; all three gradients in one pass
+KERNELS: tuple[Kernel, ...] = ("forward", "query", "key", "once")
+
+Axes = tuple[Axis, Axis, Axis]
+
+#: (rows of a tile, columns of a box, warps, stages, price of a pair) by kernel and padded head size
+SIZES: dict[tuple[str, int], list[tuple[int, int, int, int, float]]] = {
+    ("forward", 64): [
+        (128, 64, 4, 3, 1.0),
+        (128, 128, 8, 3, 1.0),
+        (128, 64, 8, 3, 1.05),
+        (64, 128, 4, 2, 1.15),
+        (64, 64, 4, 3, 1.2),
+    ],
+    ("forward", 128): [
+        (128, 128, 8, 2, 1.0),
+        (128, 64, 4, 2, 1.02),
+        (128, 64, 8, 3, 1.08),
+        (64, 64, 4, 2, 1.35),
+    ],
+    ("forward", 256): [(128, 64, 8, 2, 1.0), (64, 64, 4, 2, 1.3)],
+    ("query", 64): [(128, 64, 8, 3, 1.0), (128, 64, 4, 2, 1.05), (64, 64, 4, 2, 1.15)],
+    ("query", 128): [(128, 64, 8, 2, 1.0), (64, 64, 4, 2, 1.3)],
+    ("query", 256): [(64, 64, 8, 1, 1.0), (64, 32, 4, 2, 1.2)],
+    ("key", 64): [(128, 64, 8, 2, 1.0), (64, 64, 4, 2, 1.1)],
+    ("key", 128): [(128, 64, 8, 2, 1.0), (64, 64, 4, 2, 1.1)],
+    ("key", 256): [(64, 32, 8, 2, 1.0), (64, 64, 8, 1, 1.1)],
+    ("once", 64): [(128, 64, 8, 2, 1.0), (64, 64, 4, 2, 1.1)],
+    ("once", 128): [(128, 64, 8, 2, 1.0), (64, 64, 4, 2, 1.15)],
+    ("once", 256): [(64, 32, 8, 2, 1.0)],
+}
+
+#: measured best shapes of H100 and H200 by :func:`problem_key`
+SHIPPED: dict[str, Tiles] = {}
+
+_FORCED: dict[str, Tiles] = {}
+
+
+def problem_key(kernel: Kernel, axes: Axes, head_dim: int, element_size: int) -> str:
+    """One line that names what a choice of shapes depends on."""
+    parts = []
+    for axis in axes:
+        number = f"{axis.query_length}"
+        if axis.query_length != axis.key_length or axis.query_map != "index":
+            number += f">{axis.key_length}{axis.query_map}"
+        number += f":{axis.window}"
+        number += f"/{axis.stride}" if axis.stride > 1 else ""
+        number += "c" if axis.causal else ""
+        parts.append(number)
+    return f"{kernel} {' '.join(parts)} d{head_dim} b{element_size}"
+
+
+@contextlib.contextmanager
+def forced(**tiles: Tiles) -> Iterator[None]:
+    """Use these shapes, by kernel name, whatever the problem."""
+    before = dict(_FORCED)
+    _FORCED.update(tiles)
+    shapes.cache_clear()
+    try:
+        yield
+    finally:
+        _FORCED.clear()
+        _FORCED.update(before)
+        shapes.cache_clear()
+
+
+def cache_file(device: str) -> Path:
+    """File of tuned shapes of a device: under ``STVISION_CACHE``, else the user's cache folder."""
+    root = os.environ.get("STVISION_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    folder = Path(root) if root else Path(base) / "stvision"
+    name = "".join(c if c.isalnum() else "-" for c in device).strip("-").lower()
+    return folder / "neighborhood" / f"{name}.json"
+
+
+def save(device: str, key: str, tiles: Tiles) -> Path:
+    """Add one tuned choice to the cache file; readers never see half a file."""
+    path = cache_file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = _read(path)
+    known[key] = [*tiles.query, *tiles.key, tiles.warps, tiles.stages, tiles.registers]
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(known, indent=1) + "\n")
+    part.replace(path)
+    _tuned.cache_clear()
+    shapes.cache_clear()
+    return path
+
+
+def _read(path: Path) -> dict[str, list[int]]:
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    good = {key: row for key, row in known.items() if isinstance(row, list) and len(row) == 9}
+    return {key: row for key, row in good.items() if all(type(n) is int for n in row)}
+
+
+@lru_cache(maxsize=8)
+def _tuned(device: str) -> dict[str, Tiles]:
+    found = {}
+    for key, row in _read(cache_file(device)).items():
+        found[key] = Tiles((row[0], row[1], row[2]), (row[3], row[4], row[5]), *row[6:])
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _work(axis: Axis, rows: int, columns: int, of_keys: bool) -> int:
+    """Pairs that a tile size and a box size compute on one axis, padding included."""
+    tables = axis_tables(axis)
+    start, stop = tables.start, tables.stop
+    if of_keys:
+        keys = torch.arange(axis.key_length)
+        start, stop = (torch.searchsorted(x, keys, right=True) for x in (stop, start))
+    low = start[::rows]
+    last = torch.arange(rows - 1, rows * len(low), rows).clamp_max(len(start) - 1)
+    boxes = (stop[last] - low + columns - 1).clamp_min(0) // columns
+    return rows * columns * int(boxes.sum())
+
+
+@lru_cache(maxsize=256)
+def candidates(
+    kernel: Kernel, axes: Axes, head_dim: int, element_size: int, most: int = 40
+) -> tuple[Tiles, ...]:
+    """Shapes worth trying, those that the model takes for the fastest first.
+
+    The model counts the pairs a shape computes, priced by how well its size feeds the tensor cores.
+
+    Args:
+        kernel: which of ``KERNELS``.
+        axes: the problem; dilation 1.
+        head_dim: the larger head size of key and value.
+        element_size: bytes of an element.
+        most: how many at most.
+    """
+    of_keys = kernel in {"key", "once"}
+    padded = min(256, max(64, 1 << (head_dim * element_size // 2 - 1).bit_length()))
+    found = []
+    for rows, columns, warps, stages, price in SIZES[kernel, padded]:
+        for row, column in product(
+            _shapes(rows, axes, of_keys), _shapes(columns, axes, not of_keys)
+        ):
+            if max(*row, *column) > 256 or (of_keys and column[2] < 4):
+                continue
+            cost = price * math.prod(
+                _work(axis, r, c, of_keys) for axis, r, c in zip(axes, row, column, strict=True)
+            )
+            query, key = (column, row) if of_keys else (row, column)
+            found.append((cost, -column[2], Tiles(query, key, warps, stages)))
+    found.sort(key=lambda one: one[:2])
+    return tuple(tiles for *_, tiles in found[:most])
+
+
+@lru_cache(maxsize=1024)
+def shapes(
+    kernel: Kernel, axes: Axes, head_dim: int, element_size: int, device: str
+) -> Tiles | None:
+    """Shapes of a kernel for a problem on a device, ``None`` where none fits.
+
+    Args:
+        kernel, axes, head_dim, element_size: as in :func:`candidates`.
+        device: its name, as ``torch.cuda.get_device_name`` gives it.
+    """
+    if kernel in _FORCED:
+        return _FORCED[kernel]
+    key = problem_key(kernel, axes, head_dim, element_size)
+    for table in (_tuned(device), SHIPPED):
+        if key in table:
+            return table[key]
+    best = candidates(kernel, axes, head_dim, element_size)
+    return best[0] if best else None
