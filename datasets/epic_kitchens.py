@@ -11,11 +11,18 @@ has no narrations) with ``narration_id``, ``participant_id``, ``video_id``, ``st
 """
 
 import csv
+import io
 import os
 import re
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 from stvision.datasets.records import (
     ClipDataset,
@@ -25,6 +32,8 @@ from stvision.datasets.records import (
     canonical_split,
     clean_captions,
 )
+from stvision.io import Clip
+from stvision.io.sampling import mean_rate
 
 _FILES = {
     "train": "EPIC_100_train.csv",
@@ -136,48 +145,67 @@ class EpicKitchens(ClipDataset):
         # numbers of three digits name the videos of the extension
         return 50.0 if re.fullmatch(r"P\d+_\d{3}", video) else 60000 / 1001
 
+    def measure(self, index: int) -> tuple[int, int, int]:
+        """As in the base class; frames that lie as files give their size in their headers."""
+        entry = self.entries[index]
+        if _is_video(entry):
+            return super().measure(index)
+        present, times = self._present(entry)
+        count = len(self._candidates(_whole(entry), times))
+        try:
+            with self._stored(entry)(present[0]) as file, Image.open(file) as image:
+                return count, image.height, image.width
+        except OSError as error:
+            raise ClipError("broken", f"{entry.key}: {error}") from error
+
     def _decode(self, entry: Entry, generator: Any) -> Any:
-        assert isinstance(entry.source, Path)
-        if entry.source.suffix in _VIDEO_SUFFIXES:
+        if _is_video(entry):
             return super()._decode(entry, generator)
+        present, times = self._present(entry)
+        picks = self._choose(_whole(entry), times, generator)
+        frames = []
+        try:
+            stored = self._stored(entry)
+            for pick in picks:
+                with stored(present[pick]) as file, Image.open(file) as image:
+                    frames.append(torch.from_numpy(np.array(image.convert("RGB"))))
+            clip = Clip(torch.stack(frames), times[picks], mean_rate(times[picks]))
+        except (ValueError, OSError, RuntimeError) as error:
+            raise ClipError("broken", f"{entry.key}: {error}") from error
+        return self._fit(clip)
+
+    def _present(self, entry: Entry) -> tuple[list[int], Tensor]:
+        """Numbers of an action's frames that are there, and the seconds at which they are shown.
+
+        Raises:
+            ClipError: there are none.
+        """
+        assert isinstance(entry.source, Path) and entry.start is not None and entry.end is not None
         rate = self.rate(entry.meta["video_id"])
-        assert entry.start is not None and entry.end is not None
         # frame n (from 1) is shown at (n - 1) / rate
         first = int(entry.meta.get("start_frame") or round(entry.start * rate) + 1)
         last = int(entry.meta.get("stop_frame") or round(entry.end * rate) + 1)
-        return self._decode_frames(entry, first, last, rate, generator)
-
-    def _decode_frames(
-        self, entry: Entry, first: int, last: int, rate: float, generator: Any
-    ) -> Any:
-        import torch
-
-        from stvision.io import Clip
-        from stvision.io.images import open_stills
-
-        assert isinstance(entry.source, Path)
         present = self._frames_of(entry.source, first, last)
         if not present:
             raise ClipError("missing", f"{entry.key}: no frames {first} to {last}")
         times = torch.tensor([(n - 1) / rate for n in present], dtype=torch.float64)
-        free = Entry(entry.source, entry.captions, entry.key)
-        picks = self._choose(free, times, generator)
-        numbers = [present[i] for i in picks]
-        try:
-            if entry.source.is_dir():
-                files: list[Any] = [entry.source / f"frame_{n:010d}.jpg" for n in numbers]
-                reader = open_stills(files, fps=rate)
-                assert reader is not None
-                with reader:
-                    frames = reader.get(list(range(len(numbers)))).frames
-            else:
-                frames = _tar_frames(entry.source, [self._tars[entry.source][n] for n in numbers])
-        except (ValueError, OSError, RuntimeError) as error:
-            raise ClipError("broken", f"{entry.key}: {error}") from error
-        from stvision.io.sampling import mean_rate
+        return present, times
 
-        chosen = times[picks]
-        return self._fit(Clip(frames, chosen, mean_rate(chosen)))
+    def _stored(self, entry: Entry) -> Callable[[int], BinaryIO]:
+        """Opens the file of a frame by its number."""
+        source = entry.source
+        assert isinstance(source, Path)
+
+        def from_folder(number: int) -> BinaryIO:
+            return (source / f"frame_{number:010d}.jpg").open("rb")
+
+        def from_tar(number: int) -> BinaryIO:
+            offset, size = self._tars[source][number]
+            with source.open("rb") as archive:
+                archive.seek(offset)
+                return io.BytesIO(archive.read(size))
+
+        return from_folder if source.is_dir() else from_tar
 
     def _frames_of(self, source: Path, first: int, last: int) -> list[int]:
         if source.is_dir():
@@ -193,20 +221,13 @@ class EpicKitchens(ClipDataset):
         return [n for n in range(first, last + 1) if n in self._tars[source]]
 
 
-def _tar_frames(path: Path, places: list[tuple[int, int]]) -> Any:
-    import io
+def _is_video(entry: Entry) -> bool:
+    return isinstance(entry.source, Path) and entry.source.suffix in _VIDEO_SUFFIXES
 
-    import numpy as np
-    import torch
-    from PIL import Image
 
-    frames = []
-    with path.open("rb") as file:
-        for offset, size in places:
-            file.seek(offset)
-            with Image.open(io.BytesIO(file.read(size))) as image:
-                frames.append(torch.from_numpy(np.array(image.convert("RGB"))))
-    return torch.stack(frames)
+def _whole(entry: Entry) -> Entry:
+    """The same clip where its frames have been picked out of the video already."""
+    return Entry(entry.source, entry.captions, entry.key)
 
 
 def seconds(timestamp: str) -> float:

@@ -13,8 +13,11 @@ from PIL import Image
 
 from stvision.datasets.bridge import BridgeData
 from stvision.datasets.epic_kitchens import EpicKitchens
+from stvision.datasets.records import ClipError
 from stvision.datasets.something_something import SomethingSomething
 from stvision.io import Clip, VideoWriter
+from stvision.train.buckets import open_parts
+from stvision.train.data import DataConfig
 
 
 def grey(value: int, height: int = 24, width: int = 32) -> Image.Image:
@@ -185,6 +188,30 @@ def test_epic_reads_frames_tars_and_videos(epic: Path) -> None:
     numbers = (from_video.frames[:, 0, 0, 0].int() // 5).tolist()
     assert numbers[0] == 20 and numbers[-1] == 39
     assert from_video.meta["noun_class"] == 3
+
+
+def test_epic_shapes_are_known_without_decoding(epic: Path, monkeypatch) -> None:
+    data = EpicKitchens(epic, split="train", num_frames=4)
+    shapes = [tuple(EpicKitchens(epic)[index].frames.shape[:3]) for index in range(3)]
+    monkeypatch.setattr(EpicKitchens, "_decode", lambda *_: pytest.fail("decoded"))
+    assert [data.measure(index) for index in range(3)] == shapes
+    assert shapes == [(20, 24, 32), (13, 24, 32), (20, 32, 32)]
+    (epic / "EPIC-KITCHENS/P01/rgb_frames/P01_101/frame_0000000011.jpg").write_text("no picture")
+    with pytest.raises(ClipError, match="P01_101_0"):
+        data.measure(0)
+
+
+def test_epic_fills_buckets_whatever_it_is_stored_as(epic: Path, tmp_path: Path) -> None:
+    shapes = ((8, 24, 32), (16, 24, 32), (16, 32, 32))
+    data = DataConfig(
+        kind="epic", root=str(epic), buckets=shapes, resident=False, workers=0,
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    found = {
+        (cut.num_frames, cut.height, cut.width): [reader[i].key for i in range(len(reader))]
+        for cut, reader in open_parts(data, "train")
+    }
+    assert found == dict(zip(shapes, [["P01_01_0"], ["P01_101_0"], ["P01_02_0"]], strict=True))
 
 
 def test_epic_rates_come_from_the_video_list(epic: Path) -> None:
