@@ -403,13 +403,13 @@ def open_data(command: Predict, num_frames: int, size: tuple[int, int]) -> Any:
 
 @dataclass
 class _Choice:
-    """Which clips are evaluated, and what is known of the whole split.
+    """Which clips are evaluated, and what the index says of the whole split.
 
     Args:
         items: the clips.
         sentences: task -> the sentences that the split has for it.
         scene_tasks: scene -> its tasks.
-        unreadable: clips that could not be read.
+        unreadable: clips that would have been taken, but could not be read.
     """
 
     items: list[_Item]
@@ -419,41 +419,55 @@ class _Choice:
 
 
 def _choose(dataset: Any, count: int, num_frames: int) -> _Choice:
-    """Take clips of each task in turn until there are ``count``."""
+    """Take clips of each task in turn until there are ``count``; only those taken are decoded."""
     from tqdm import tqdm
 
     from stvision.datasets.metaworld import SCENES
 
     by_task: dict[str, list[_Item]] = {}
     choice = _Choice([], {}, {})
-    for number in tqdm(range(len(dataset)), desc="reading"):
-        try:
-            record = dataset[number]
-        except (ValueError, OSError):
-            choice.unreadable += 1
-            continue
-        task = record.meta.get("task")
+    for number, entry in enumerate(dataset.entries):
+        task = entry.meta.get("task")
         if not task:
             raise ValueError(
-                f"clip {record.key!r} has no 'task' in the index, by which clips are chosen and "
+                f"clip {entry.key!r} has no 'task' in the index, by which clips are chosen and "
                 "their predictions judged"
             )
-        if len(record.frames) != num_frames:
-            choice.unreadable += 1
-            continue
-        scene = record.meta.get("scene") or SCENES.get(task, task)
-        by_task.setdefault(task, []).append(_Item(number, record.key, record.text, task, scene))
-        heard = choice.sentences.setdefault(task, [])
-        if record.text not in heard:
-            heard.append(record.text)
-        tasks = choice.scene_tasks.setdefault(scene, [])
-        if task not in tasks:
-            tasks.append(task)
-    if not by_task:
+        text = entry.captions[0]
+        scene = entry.meta.get("scene") or SCENES.get(task, task)
+        by_task.setdefault(task, []).append(_Item(number, entry.key, text, task, scene))
+        for found, value in (
+            (choice.sentences.setdefault(task, []), text),
+            (choice.scene_tasks.setdefault(scene, []), task),
+        ):
+            if value not in found:
+                found.append(value)
+
+    def readable(items: list[_Item]) -> "Iterator[_Item]":
+        for item in items:
+            try:
+                whole = len(dataset[item.number].frames) == num_frames
+            except (ValueError, OSError):
+                whole = False
+            if whole:
+                yield item
+            else:
+                choice.unreadable += 1
+
+    waiting = [readable(items) for _, items in sorted(by_task.items())]
+    with tqdm(total=min(count, len(dataset.entries)), desc="reading") as bar:
+        while waiting and len(choice.items) < count:
+            for items in list(waiting):
+                item = next(items, None)
+                if item is None:
+                    waiting.remove(items)
+                    continue
+                choice.items.append(item)
+                bar.update()
+                if len(choice.items) == count:
+                    break
+    if not choice.items:
         raise ValueError("the data set has no readable clips in this split")
-    for turn in range(max(map(len, by_task.values()))):
-        choice.items += [items[turn] for _, items in sorted(by_task.items()) if turn < len(items)]
-    del choice.items[count:]
     return choice
 
 

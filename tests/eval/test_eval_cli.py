@@ -25,6 +25,7 @@ class Records:
     """Five clips in memory, one of which cannot be read."""
 
     def __init__(self) -> None:
+        self.asked: list[int] = []
         generator = torch.Generator().manual_seed(0)
         self.records = []
         for number in range(5):
@@ -40,10 +41,13 @@ class Records:
                 )
             )
 
-    def __len__(self) -> int:
-        return len(self.records)
+    @property
+    def entries(self) -> list[SimpleNamespace]:
+        """What the index says, without frames."""
+        return [SimpleNamespace(key=r.key, captions=[r.text], meta=r.meta) for r in self.records]
 
     def __getitem__(self, number: int) -> SimpleNamespace:
+        self.asked.append(number)
         if number == 4:
             raise ValueError("clip 4 is truncated")
         return self.records[number]
@@ -106,6 +110,17 @@ def test_predict_scores_resumes_and_writes(world, monkeypatch, capsys):
     assert again["columns"]["model"]["psnr"]["value"] == pytest.approx(
         results["columns"]["model"]["psnr"]["value"], abs=0.01
     )
+
+
+def test_only_clips_that_are_taken_are_decoded():
+    data = Records()
+    choice = eval_command._choose(data, 2, 5)
+    # one of each task in turn, by name: close (clips 1 and the broken 4), open (0, 3), push (2)
+    assert [item.number for item in choice.items] == data.asked == [1, 0]
+    assert choice.sentences == {task: [text] for task, text in TASKS.items()}
+    assert choice.scene_tasks["door"] == ["door-open-v3", "door-close-v3"]
+    assert choice.unreadable == 0
+    assert [item.number for item in eval_command._choose(data, 9, 5).items] == [1, 0, 2, 3]
 
 
 def test_predictions_of_other_settings_are_not_mixed(world, capsys):
