@@ -1,10 +1,12 @@
 """``python -m benchmarks.neighborhood``: neighborhood attention beside its peers, in one run.
 
-On a GPU: ours (every backend that can run the case), dense attention through cuDNN, FlexAttention
-on permuted tokens (its permutation counted), and NATTEN when it can be imported. On a CPU: blocked
-against reference and FlexAttention on smaller cases. Times are medians after warm-up and include
-everything a call does. "Effective" counts the exact windows only, 4 * B * heads * head_dim * tokens
-* prod(window) operations forward and 2.5 times that backward.
+On a GPU: ours (``triton``, with its deterministic backward in a row of its own), dense attention
+through cuDNN, FlexAttention on permuted tokens (its permutation counted), and NATTEN when it can be
+imported. On a CPU: blocked against reference and FlexAttention on smaller cases. Times are medians
+after warm-up and include everything a call does on the device, with a cold L2 cache. "Effective"
+counts the exact windows only, 4 * B * heads * head_dim * tokens * prod(window) operations forward
+and 2.5 times that backward; "of roof" is the time of those at the measured rate of a large product,
+over the measured time. ``--sweep`` times windows from a small to the whole of one grid instead.
 """
 
 import argparse
@@ -65,6 +67,20 @@ GPU_CASES = (
     Case("dinat", 64, (56, 56), 4, 32, (7, 7)),
     Case("dinat-dilated", 64, (56, 56), 4, 32, (7, 7), 1, (8, 8)),
 )
+#: one grid, windows from 1/50 of it to all of it
+SWEEP = tuple(
+    Case(f"sweep-{t}x{h}x{w}", 1, (16, 44, 80), 8, 128, (t, h, w))
+    for t, h, w in (
+        (4, 12, 20),
+        (8, 12, 20),
+        (8, 16, 28),
+        (8, 24, 40),
+        (10, 30, 50),
+        (12, 33, 60),
+        (14, 38, 70),
+        (16, 44, 80),
+    )
+)
 CPU_CASES = (
     Case("seer-small", 1, (8, 16, 16), 4, 64, (5, 9, 9)),
     Case("vit-small", 1, (8, 14, 14), 4, 64, (7, 7, 7)),
@@ -84,33 +100,50 @@ def inputs(case: Case, device: str, dtype: torch.dtype, grad: bool) -> list[torc
     ]
 
 
-def milliseconds(call: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median time of a call after warm-up."""
+_FLUSH: dict[str, torch.Tensor] = {}
+
+
+def milliseconds(call: Callable[[], Any], device: str, repeats: int, seconds: float = 1e9) -> float:
+    """Median time of a call after warm-up; fewer repeats, at least three, where they take long."""
+    start = time.perf_counter()
     for _ in range(2):
         call()
-    times = []
-    for _ in range(repeats):
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
+    if device == "cpu":
+        times = []
+        for _ in range(repeats):
             start = time.perf_counter()
             call()
             times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+        return statistics.median(times)
+    if device not in _FLUSH:
+        _FLUSH[device] = torch.empty(2**26, dtype=torch.int32, device=device)
+    torch.cuda.synchronize()
+    each = (time.perf_counter() - start) / 2
+    repeats = max(3, min(repeats, int(seconds / max(each, 1e-6))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in events:
+        # clears the L2 cache, and keeps the device busy while the host prepares the call
+        _FLUSH[device].zero_()
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events)
 
 
 def measure(
-    call: Call, case: Case, device: str, dtype: torch.dtype, repeats: int, backward: bool
+    call: Call,
+    case: Case,
+    device: str,
+    dtype: torch.dtype,
+    repeats: int,
+    backward: bool,
+    seconds: float,
 ) -> dict[str, float]:
-    """Forward and, if asked for, backward milliseconds and peak GiB of one training step."""
+    """Forward and, if asked for, backward milliseconds and peak memory of one training step."""
     q, k, v = inputs(case, device, dtype, False)
     with torch.no_grad():
-        found = {"forward": milliseconds(lambda: call(q, k, v), device, repeats)}
+        found = {"forward": milliseconds(lambda: call(q, k, v), device, repeats, seconds)}
     if backward:
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out = call(*leaves)
@@ -119,13 +152,43 @@ def measure(
         def back() -> None:
             torch.autograd.grad(out, leaves, up, retain_graph=True)
 
-        found["backward"] = milliseconds(back, device, repeats)
+        found["backward"] = milliseconds(back, device, repeats, seconds)
         del out
         if device == "cuda":
+            torch.cuda.synchronize()
+            # q, k, v and the gradient of the output are there already
+            given = 4 * q.numel() * q.element_size()
+            before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             torch.autograd.grad(call(*leaves), leaves, up)
-            found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            peak = torch.cuda.max_memory_allocated() - before + given
+            found["peak_gib"] = peak / 2**30
+            # with output, lse and gradients of q, k, v
+            least = 2 * given + 4 * q.numel() // q.shape[-1]
+            found["peak_over_least"] = peak / least
     return found
+
+
+def errors(call: Call, case: Case, device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Relative errors of output and gradients for two heads of one batch element.
+
+    Against the blocked path in float32 on the same rounded inputs; freed memory is NaN before.
+    """
+    small = Case(case.name, 1, case.grid, 2, case.dim, case.window, case.stride, case.dilation)
+    q, k, v = inputs(small, device, dtype, True)
+    up = torch.randn_like(q)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    truth = ours(case, "blocked")(*exact)
+    wanted = [truth.detach(), *torch.autograd.grad(truth, exact, up.float())]
+    poison = [torch.full_like(x, float("nan")) for x in wanted for _ in range(2)]
+    del poison
+    out = call(q, k, v)
+    found = [out.detach(), *torch.autograd.grad(out, (q, k, v), up)]
+    names = ("out", "grad_q", "grad_k", "grad_v")
+    return {
+        name: ((a.float() - b).norm() / b.norm()).item()
+        for name, a, b in zip(names, found, wanted, strict=True)
+    }
 
 
 def largest_error(call: Call, case: Case, device: str, dtype: torch.dtype) -> float:
@@ -165,9 +228,11 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return out.transpose(1, 2).reshape(q.shape)
 
 
-def ours(case: Case, backend: str | None) -> Call:
+def ours(case: Case, backend: str | None, deterministic: bool | None = None) -> Call:
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-        return neighborhood_attention_generic(q, k, v, backend=backend, **case.options)
+        return neighborhood_attention_generic(
+            q, k, v, backend=backend, deterministic=deterministic, **case.options
+        )
 
     return call
 
@@ -193,10 +258,10 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2.0 * size**3 / (1e-3 * milliseconds(lambda: a @ b, device, 10))
 
 
-def rows(case: Case, device: str) -> dict[str, Call]:
+def rows(case: Case, device: str, wanted: list[str] | None) -> dict[str, Call]:
     """Name -> call of everything that can run the case here, ours first."""
     calls: dict[str, Call] = {}
-    names = ["sdpa", "triton", "blocked", *(["reference"] if device == "cpu" else [])]
+    names = ["sdpa", "triton"] if device == "cuda" else ["sdpa", "triton", "blocked", "reference"]
     q, k, v = (x[:1] for x in inputs(case, device, torch.bfloat16, False))
     for name in names:
         try:
@@ -205,6 +270,8 @@ def rows(case: Case, device: str) -> dict[str, Call]:
             print(f"  {name}: {error}")
         else:
             calls[name] = ours(case, name)
+    if "triton" in calls and device == "cuda":
+        calls["deterministic"] = ours(case, "triton", True)
     calls["FlexAttention"] = ours(case, "flex")
     calls["dense"] = dense
     peer = natten(case)
@@ -212,7 +279,29 @@ def rows(case: Case, device: str) -> dict[str, Call]:
         print("  NATTEN: not installed")
     else:
         calls["NATTEN"] = peer
-    return calls
+    return {name: call for name, call in calls.items() if not wanted or name in wanted}
+
+
+def line_of(row: dict[str, Any], first: dict[str, Any], case: Case, roof: float) -> str:
+    """One row as text; ratios are over the first row of the case."""
+    line = f"  {row['name']:14s}"
+    exact = case.operations / roof * 1e3
+    for name, share in (("forward", 1.0), ("backward", 2.5)):
+        if name not in row:
+            continue
+        line += f" {name} {row[name]:9.3f} ms"
+        if name in first:
+            line += f" ({row[name] / first[name]:5.2f} x)"
+        if row["name"] != "dense":
+            rate = share * case.operations / row[name] * 1e-9
+            line += f" {rate:7.2f} effective TFLOP/s, {share * exact / row[name]:.3f} of roof |"
+    if "peak_gib" in row:
+        line += f" peak {row['peak_gib']:.2f} GiB, {row['peak_over_least']:.2f} of least |"
+    if row["error"] is not None:
+        line += f" error {row['error']:.1e}"
+    if "errors" in row:
+        line += " (" + ", ".join(f"{n} {e:.1e}" for n, e in row["errors"].items()) + ")"
+    return line
 
 
 def run(case: Case, device: str, arguments: argparse.Namespace, roof: float) -> list[dict]:
@@ -222,33 +311,34 @@ def run(case: Case, device: str, arguments: argparse.Namespace, roof: float) -> 
     )
     print(f"  window {case.window}, stride {case.stride}, dilation {case.dilation}, {dtype}")
     table: list[dict[str, Any]] = []
-    for name, call in rows(case, device).items():
+    for name, call in rows(case, device, arguments.only).items():
         backward = arguments.backward and not (name == "FlexAttention" and device == "cpu")
         try:
             error = None if name == "dense" else largest_error(call, case, device, dtype)
-            found = measure(call, case, device, dtype, arguments.repeats, backward)
+            found: dict[str, Any] = {}
+            if device == "cuda" and name in {"triton", "deterministic"}:
+                found["errors"] = errors(call, case, device, dtype)
+            if not arguments.check:
+                found |= measure(
+                    call, case, device, dtype, arguments.repeats, backward, arguments.seconds
+                )
         except Exception as failure:  # noqa: BLE001 - a peer that fails is a row of the table
             print(
                 f"  {name}: failed: {str(failure).splitlines()[0] if str(failure) else failure!r}"
             )
             continue
-        table.append({"case": case.name, "name": name, "error": error, **found})
+        share = math.prod(w / n for w, n in zip(case.window, case.grid, strict=True))
+        row: dict[str, Any] = {
+            "case": case.name,
+            "name": name,
+            "fraction": share,
+            "error": error,
+            **found,
+        }
+        row |= {"operations": case.operations, "roof": roof}
+        table.append(row)
     for row in table:
-        exact = case.operations / roof * 1e3
-        line = f"  {row['name']:14s} forward {row['forward']:9.3f} ms"
-        line += f" ({row['forward'] / table[0]['forward']:6.2f} x {table[0]['name']})"
-        if row["name"] != "dense":
-            rate = case.operations / row["forward"] * 1e-9
-            line += f" {rate:8.3f} effective TFLOP/s, roof / time {exact / row['forward']:.3f}"
-        if "backward" in row:
-            line += f" | backward {row['backward']:9.3f} ms"
-            if "backward" in table[0]:
-                line += f" ({row['backward'] / table[0]['backward']:6.2f} x)"
-        if "peak_gib" in row:
-            line += f" | peak {row['peak_gib']:.2f} GiB"
-        if row["error"] is not None:
-            line += f" | error {row['error']:.1e}"
-        print(line, flush=True)
+        print(line_of(row, table[0], case, roof), flush=True)
     return table
 
 
@@ -258,12 +348,16 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=None, help="names of cases; all by default")
     parser.add_argument("--backward", action="store_true", help="time the backward too")
     parser.add_argument("--repeats", type=int, default=None, help="timed calls of each row")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each timing, on a GPU")
+    parser.add_argument("--only", nargs="*", default=None, help="names of rows; all by default")
+    parser.add_argument("--check", action="store_true", help="errors only, no times")
+    parser.add_argument("--sweep", action="store_true", help="windows of growing size instead")
     parser.add_argument("--json", default=None, help="also write the table to this file")
     arguments = parser.parse_args()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     arguments.repeats = arguments.repeats or (20 if device == "cuda" else 3)
     warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-    known = GPU_CASES if device == "cuda" else CPU_CASES
+    known = SWEEP if arguments.sweep else GPU_CASES if device == "cuda" else CPU_CASES
     chosen = [case for case in known if not arguments.cases or case.name in arguments.cases]
     if not chosen:
         parser.error(f"--cases must be among {', '.join(case.name for case in known)}")
@@ -274,10 +368,14 @@ def main() -> None:
         else f"CPU, {torch.get_num_threads()} threads"
     )
     print(f"{name}, torch {torch.__version__}, product {roof * 1e-12:.2f} TFLOP/s")
-    table = [row for case in chosen for row in run(case, device, arguments, roof)]
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"device": name, "torch": torch.__version__, "rows": table}, file, indent=1)
+    table = []
+    for case in chosen:
+        table += run(case, device, arguments, roof)
+        if arguments.json:
+            # after every case, so that a run that is cut short leaves what it measured
+            found = {"device": name, "torch": torch.__version__, "rows": table}
+            with open(arguments.json, "w") as file:
+                json.dump(found, file, indent=1)
 
 
 if __name__ == "__main__":
