@@ -24,6 +24,7 @@ from torch import Tensor
 from stvision.attention import VolumeAttention
 from stvision.models.fast import fast
 from stvision.models.seer import SeerUNetModel
+from stvision.train.graphed import GraphedStep
 
 SD15 = {
     "sample_size": 64,
@@ -152,7 +153,6 @@ def release() -> None:
 def measure(args: argparse.Namespace) -> list[dict]:
     dtype = torch.bfloat16
     rows: list[dict] = []
-    cases = [(batch, frames) for frames in args.frames for batch in args.batch]
 
     def note(case: tuple[int, int], name: str, ms: float, gib: float, **more: object) -> None:
         row = {"batch": case[0], "frames": case[1], "variant": name}
@@ -160,6 +160,16 @@ def measure(args: argparse.Namespace) -> list[dict]:
         rows.append(row)
         print(json.dumps(row), flush=True)
 
+    if args.denoise:
+        denoising(args, dtype, note)
+    if args.train:
+        training(args, dtype, note)
+    return rows
+
+
+def denoising(args: argparse.Namespace, dtype: torch.dtype, note: Callable) -> None:
+    """One evaluation of the network, as a sampler makes it."""
+    cases = [(batch, frames) for frames in args.frames for batch in args.batch]
     with torch.no_grad():
         model = motion_unet(dtype)
         for case in cases:
@@ -232,10 +242,6 @@ def measure(args: argparse.Namespace) -> list[dict]:
         del model
         release()
 
-    if args.train:
-        training(args, dtype, note)
-    return rows
-
 
 def training(args: argparse.Namespace, dtype: torch.dtype, note: Callable) -> None:
     """Forward and backward with only the temporal layers trained, as in the paper."""
@@ -253,6 +259,9 @@ def training(args: argparse.Namespace, dtype: torch.dtype, note: Callable) -> No
         for backend, name in (("sdpa", "seer train"), ("math", "seer plain train")):
             temporal_backend(model, backend)
             note(case, name, *timed(partial(step, inputs.seer, model), args.repeats))
+        temporal_backend(model, "sdpa")
+        note(case, "seer fast train", *timed(captured(inputs, model), args.repeats))
+        release()
     del model
     release()
     model = motion_unet(dtype)
@@ -263,11 +272,32 @@ def training(args: argparse.Namespace, dtype: torch.dtype, note: Callable) -> No
         note(case, "motion train", *timed(partial(step, inputs.motion, model), args.repeats))
 
 
+def captured(inputs: Case, model: SeerUNetModel) -> Callable[[], object]:
+    """The same training step as one CUDA graph, as ``loop.cuda_graphs`` of the trainer makes it."""
+    for parameter in model.temporal_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    graphed = GraphedStep(
+        lambda sample, text: {
+            "loss": model(sample, inputs.timestep, text, cond_frames=1).sample.square().mean()
+        },
+        lambda loss: loss.backward(),
+        model,
+    )
+
+    def step() -> None:
+        graphed({"sample": inputs.sample, "text": inputs.text})
+        model.zero_grad(set_to_none=False)
+
+    return step
+
+
 def table(rows: list[dict]) -> str:
-    lines = ["| batch | frames | variant | ms | peak GiB | time / motion eager |", "|---" * 6 + "|"]
-    base = {(r["batch"], r["frames"]): r["ms"] for r in rows if r["variant"] == "motion eager"}
+    """Rows with their ratio to the peer's: a denoising step to one, a training step to one."""
+    lines = ["| batch | frames | variant | ms | peak GiB | time / motion |", "|---" * 6 + "|"]
+    base = {(r["batch"], r["frames"], r["variant"]): r["ms"] for r in rows}
     for row in sorted(rows, key=lambda r: (r["frames"], r["batch"])):
-        ratio = row["ms"] / base[row["batch"], row["frames"]]
+        peer = "motion train" if "train" in row["variant"] else "motion eager"
+        ratio = row["ms"] / base[row["batch"], row["frames"], peer]
         lines.append(
             f"| {row['batch']} | {row['frames']} | {row['variant']} | {row['ms']:.1f} "
             f"| {row['peak_gib']:.2f} | {ratio:.2f} |"
@@ -283,6 +313,7 @@ def main() -> None:
     parser.add_argument(
         "--compile", type=int, default=1, help="how many of the cases to compile, 0 for none"
     )
+    parser.add_argument("--denoise", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, default=None, help="write the rows to this file")
     args = parser.parse_args()
