@@ -12,6 +12,7 @@ from stvision.attention.neighborhood_modules import (
     NeighborhoodAttention3D,
 )
 from stvision.attention.seer_window import SeerWindowAttention, windowed_causal_attention
+from stvision.attention.swap import SwapAttention, windowed_cross_attention
 from stvision.attention.temporal import TemporalAttention
 from stvision.attention.volume import VolumeAttention
 
@@ -34,8 +35,10 @@ __all__ = [
     "NeighborhoodAttention3D",
     "SeerWindowAttention",
     "SpatialWindowAttention",
+    "SwapAttention",
     "TemporalAttention",
     "VolumeAttention",
     "dispatch_attention",
     "windowed_causal_attention",
+    "windowed_cross_attention",
 ]

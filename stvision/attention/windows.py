@@ -56,7 +56,7 @@ class WindowLayout:
         return self.unpack_view(packed).reshape(-1, *self.grid, packed.shape[-1])
 
 
-def _whole_and_rest(size: int, window: int) -> list[tuple[slice, int]]:
+def whole_and_rest(size: int, window: int) -> list[tuple[slice, int]]:
     """The part of an axis covered by whole windows, and the rest, each with its window."""
     covered = size // window * window
     pieces = [(slice(0, covered), window), (slice(covered, size), size - covered)]
@@ -104,9 +104,9 @@ def window_attention(
     frames, height, width = query.shape[1:4]
     heads = query.shape[4:]
     strips = []
-    for rows, row_extent in _whole_and_rest(height, window[0]):
+    for rows, row_extent in whole_and_rest(height, window[0]):
         parts = []
-        for columns, column_extent in _whole_and_rest(width, window[1]):
+        for columns, column_extent in whole_and_rest(width, window[1]):
             grid = (frames, rows.stop - rows.start, columns.stop - columns.start)
             layout = WindowLayout(grid, (row_extent, column_extent))
             packed = (

@@ -1,5 +1,6 @@
 """Image layers on clips whose frames are folded into the batch: (B·T, C, H, W)."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -22,6 +23,8 @@ def group_norm_volume(norm: nn.GroupNorm, x: Tensor, frames: int, norm_frames: i
     """
     n, c, h, w = x.shape
     batch = n // frames
+    if _crashes_backward(norm, x):
+        x = x.contiguous()
     if norm_frames == 1:
         return norm(x).permute(0, 2, 3, 1).unflatten(0, (batch, frames))
     if is_channels_last(x):
@@ -29,6 +32,15 @@ def group_norm_volume(norm: nn.GroupNorm, x: Tensor, frames: int, norm_frames: i
         tall = x.permute(0, 2, 3, 1).reshape(batch, frames * h, w, c).permute(0, 3, 1, 2)
         return norm(tall).permute(0, 2, 3, 1).unflatten(1, (frames, h))
     return norm(x.unflatten(0, (batch, frames)).transpose(1, 2)).permute(0, 2, 3, 4, 1)
+
+
+def _crashes_backward(norm: nn.GroupNorm, x: Tensor) -> bool:
+    """Whether torch's backward of a channels-last group norm would read a missing gradient.
+
+    On the CPU it ends the process when weights are trained and the input is not (torch 2.13).
+    """
+    trained = norm.weight is not None and norm.weight.requires_grad and torch.is_grad_enabled()
+    return trained and not x.requires_grad and x.device.type == "cpu" and is_channels_last(x)
 
 
 def group_norm_frames(norm: nn.GroupNorm, x: Tensor, norm_frames: int) -> Tensor:
@@ -77,3 +89,28 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self.weight.flatten(1), self.bias)
+
+
+class FrameConv(nn.Conv1d):
+    """Convolution over the frames of each pixel, zero-padded, on channels-last sequences.
+
+    Takes (N, T, C) and returns (N, T, C'), with the weight layout (C', C, k) of a Conv1d: the
+    matrix product that the convolution is, without moving the channels.
+
+    Args:
+        in_channels: C.
+        out_channels: C'.
+        kernel_size: frames k, odd.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        size, frames = self.kernel_size[0], input.shape[1]
+        padded = nn.functional.pad(input, (0, 0, size // 2, size // 2))
+        shifted = [padded[:, k : k + frames] for k in range(size)]
+        weight = self.weight.transpose(1, 2).flatten(1)  # (C', k C) for frames side by side
+        return nn.functional.linear(torch.cat(shifted, dim=-1), weight, self.bias)

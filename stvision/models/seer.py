@@ -20,16 +20,20 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from stvision.attention import VolumeAttention
 from stvision.attention.dispatch import check_backend, load_xformers
+from stvision.attention.volume import AttentionProjections
 from stvision.layers.frames import group_norm_frames
 from stvision.models.inflate import inflate_blocks
+from stvision.models.swap import SwapTransformer, asking
 from stvision.models.temporal import TemporalTransformer
 
 #: block types of an image U-Net that can be inflated
 DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
+
+#: values of ``temporal``
+TEMPORALS = ("transformer", "swap")
 
 #: values of ``skip_reference_ff``
 SKIP_REFERENCE_FF = ("never", "training", "always")
@@ -56,7 +60,8 @@ class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
     Args:
         attention: temporal mechanism, a name in :data:`stvision.attention.ATTENTIONS`.
         attention_kwargs: options of that mechanism.
-        temporal_layers: transformer blocks in each temporal transformer.
+        temporal_layers: transformer blocks in each temporal transformer, or pairs of a temporal
+            branch and a Swap-CA.
         temporal_heads: heads of temporal attention; default as many as the image attention of
             the same block.
         norm_over_frames: statistics of group norms over (T, h, w) jointly, as in the authors'
@@ -64,14 +69,25 @@ class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
         skip_reference_ff: when the temporal feed-forward leaves the first ``cond_frames`` frames
             as they are: "never" (as at the authors' inference), "training" (as in the authors'
             training) or "always".
+        temporal: what follows each spatial transformer: Seer's "transformer", or "swap" for a
+            temporal branch joined by swapped cross-attention
+            (:class:`stvision.models.swap.SwapTransformer`); the asking branch alternates from one
+            to the next in order of evaluation.
+        temporal_kwargs: options of "swap": ``window``, ``ff_mult``, ``kernel_size``, ``causal``,
+            ``rotary_dim``.
     """
 
     config: Any
     _gradient_checkpointing_func: Any
     _supports_gradient_checkpointing = True
-    _no_split_modules = ("BasicTransformerBlock", "FrameResnetBlock", "TemporalTransformer")  # type: ignore[assignment]
+    _no_split_modules = (
+        "BasicTransformerBlock",
+        "FrameResnetBlock",
+        "TemporalTransformer",
+        "SwapTransformer",
+    )  # type: ignore[assignment]
     _skip_layerwise_casting_patterns = ("norm",)  # type: ignore[assignment]
-    _repeated_blocks = ("BasicTransformerBlock", "TemporalBlock")  # type: ignore[assignment]
+    _repeated_blocks = ("BasicTransformerBlock", "TemporalBlock", "SwapBlock")  # type: ignore[assignment]
 
     @register_to_config
     def __init__(
@@ -113,6 +129,8 @@ class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
         temporal_heads: int | None = None,
         norm_over_frames: bool = True,
         skip_reference_ff: str = "never",
+        temporal: str = "transformer",
+        temporal_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_blocks(down_block_types, mid_block_type, up_block_types)
@@ -121,6 +139,7 @@ class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
                 f"skip_reference_ff must be one of {', '.join(map(repr, SKIP_REFERENCE_FF))}, "
                 f"got {skip_reference_ff!r}"
             )
+        _check_temporal(temporal, temporal_kwargs, attention, attention_kwargs)
         image: Any = UNet2DConditionModel(
             sample_size=sample_size,
             in_channels=in_channels,
@@ -160,18 +179,31 @@ class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
             self.mid_block = None
         inflate_blocks(self)
         self.time_activation = get_activation(act_fn)
+        site = 0
         for block in self._attention_blocks():
-            transformers = [
-                TemporalTransformer(
-                    module.inner_dim,
-                    temporal_heads or module.num_attention_heads,
-                    attention=attention,
-                    attention_kwargs=attention_kwargs,
-                    num_layers=temporal_layers,
-                    norm_num_groups=norm_num_groups,
-                )
-                for module in cast(list[Any], block.attentions)
-            ]
+            transformers: list[nn.Module] = []
+            for module in cast(list[Any], block.attentions):
+                heads = temporal_heads or module.num_attention_heads
+                if temporal == "swap":
+                    made: nn.Module = SwapTransformer(
+                        module.inner_dim,
+                        heads,
+                        num_layers=temporal_layers,
+                        first_query=asking(site * temporal_layers),
+                        norm_num_groups=norm_num_groups,
+                        **(temporal_kwargs or {}),
+                    )
+                else:
+                    made = TemporalTransformer(
+                        module.inner_dim,
+                        heads,
+                        attention=attention,
+                        attention_kwargs=attention_kwargs,
+                        num_layers=temporal_layers,
+                        norm_num_groups=norm_num_groups,
+                    )
+                transformers.append(made)
+                site += 1
             block.temporal_attentions = nn.ModuleList(transformers)
         self.gradient_checkpointing = False
 
@@ -215,7 +247,8 @@ class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
                 convolutional projections, one head count or one a block.
             options: arguments of this class that the image U-Net has not (``attention``,
                 ``attention_kwargs``, ``temporal_layers``, ``temporal_heads``,
-                ``norm_over_frames``, ``skip_reference_ff``) or that replace its own.
+                ``norm_over_frames``, ``skip_reference_ff``, ``temporal``, ``temporal_kwargs``) or
+                that replace its own.
 
         Returns:
             Model on the device and in the dtype of ``unet2d``.
@@ -277,7 +310,7 @@ class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
         if self.attn_processors:
             self.set_attn_processor(processors[backend]())
         for module in self.modules():
-            if isinstance(module, VolumeAttention):
+            if isinstance(module, AttentionProjections):
                 module.backend = backend
 
     def _run(self, module: nn.Module, *args: Any) -> Tensor:
@@ -437,3 +470,27 @@ def _check_blocks(down: tuple[str, ...], mid: str | None, up: tuple[str, ...]) -
                     f"{name} may hold {', '.join(map(repr, allowed))}, but {kind!r} cannot be "
                     "inflated"
                 )
+
+
+def _check_temporal(
+    temporal: str, options: dict[str, Any] | None, attention: str, attention_options: Any
+) -> None:
+    if temporal not in TEMPORALS:
+        raise ValueError(
+            f"temporal must be one of {', '.join(map(repr, TEMPORALS))}, got {temporal!r}"
+        )
+    if temporal == "transformer":
+        if options:
+            raise ValueError("temporal_kwargs are options of temporal='swap'; leave them out")
+        return
+    if attention != "seer-window" or attention_options:
+        raise ValueError(
+            "attention and attention_kwargs choose the mechanism of temporal='transformer'; "
+            "give temporal_kwargs with temporal='swap'"
+        )
+    allowed = {"window", "ff_mult", "kernel_size", "causal", "rotary_dim"}
+    unknown = sorted(set(options or {}) - allowed)
+    if unknown:
+        raise ValueError(
+            f"temporal_kwargs may hold {', '.join(sorted(allowed))}, got {unknown[0]!r}"
+        )
