@@ -181,6 +181,22 @@ def test_inflation_trains_temporal_layers_only_and_exports_a_pipeline(
     assert (folder / "validation/step_00000006/clip_0.gif").is_file()
 
 
+def test_the_other_inflation_trains_its_branches_and_exports(world: Path, base: Path) -> None:
+    options = {"temporal": "swap", "temporal_kwargs": {"window": [None, 4, 4], "ff_mult": 1}}
+    folder = train_seer(world, "swap", {"inflation": options})
+    unet = SeerUNetModel.from_pretrained(folder / "model" / "unet")
+    assert (
+        unet.config.temporal == "swap" and unet.config.temporal_kwargs == options["temporal_kwargs"]
+    )
+    stored = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    state = unet.state_dict()
+    for name, value in stored.items():
+        assert torch.equal(state[name], value.half().float()), name
+    moved = [name for name in state if ".temporal_attentions." in name and "proj_out" in name]
+    assert any(".swaps." in name for name in moved) and any(".branches." in n for n in moved)
+    assert all(state[name].abs().sum() > 0 for name in moved)
+
+
 def test_exported_folder_predicts_with_the_pipeline(world: Path, base: Path) -> None:
     from stvision.pipelines.seer import SeerPipeline
 
