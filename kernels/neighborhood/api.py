@@ -352,7 +352,8 @@ def neighborhood_attention_generic(
             call.deterministic,
         )
         out, lse = merge(out, lse, extra_out.unflatten(1, grid), extra_lse.unflatten(1, grid))
-    out = out.to(dtype)
+    if out.dtype != dtype:
+        out = out.to(dtype)
     return (out, lse) if return_lse else out
 
 

@@ -4,12 +4,20 @@
 The backend is an argument, so that ``torch.compile`` sees one operator whatever runs.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from stvision.kernels.neighborhood.windows import decode_axes
+
+
+def _own_types(device: str) -> contextlib.AbstractContextManager:
+    """The backends choose their own types: autocast must not round their float32 products."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _module(backend: str) -> Any:
@@ -51,8 +59,7 @@ def neighborhood_attention(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     options = _options(backend, tile, query.dim() - 3, None)
-    # the backends choose their own types: autocast must not round their float32 products
-    with torch.autocast(query.device.type, enabled=False):
+    with _own_types(query.device.type):
         return _module(backend).forward(
             query, key, value, rpb, key_mask, decode_axes(list(axes)), scale, **options
         )
@@ -85,7 +92,7 @@ def neighborhood_attention_backward(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = _options(backend, tile, query.dim() - 3, deterministic)
-    with torch.autocast(query.device.type, enabled=False):
+    with _own_types(query.device.type):
         dq, dk, dv, drpb = _module(backend).backward(
             grad_out,
             grad_lse,
