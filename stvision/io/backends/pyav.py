@@ -14,8 +14,8 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
 
+from stvision.io.backends.pictures import Pictures
 from stvision.io.index import (
     FrameIndex,
     file_key,
@@ -33,7 +33,6 @@ from stvision.io.source import describe, target_size
 
 # Pixels up to which decoding threads cost more than they bring.
 _SMALL = 128 * 128
-_BILINEAR = Interpolation.BILINEAR  # exact where the size stays: no filter is applied then
 
 
 class PyAVReader(VideoReader):
@@ -53,7 +52,7 @@ class PyAVReader(VideoReader):
         self._threads = threads
         self._container: Any = None
         self._packets: Any = None
-        self._reformatter = VideoReformatter()
+        self._pictures = Pictures()
         try:
             self._index = self._open_with_index()
             self.times = self._index.times.clone()
@@ -243,10 +242,4 @@ class PyAVReader(VideoReader):
 
     def _convert(self, frame: Any) -> np.ndarray:
         width, height = (self.width, self.height)[:: -1 if self._orientation.transposed else 1]
-        picture = self._reformatter.reformat(
-            frame, width, height, format="rgb24", interpolation=_BILINEAR, threads=1
-        )
-        # A view of the picture's rows without their padding; to_ndarray would copy it.
-        plane = picture.planes[0]
-        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
-        return self._orientation.apply(rows[:, : width * 3].reshape(height, width, 3))
+        return self._orientation.apply(self._pictures.rgb(frame, height, width))
