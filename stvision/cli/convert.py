@@ -7,7 +7,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from stvision.cli.options import says_its_defaults
 
+
+@says_its_defaults
 @dataclass
 class Command:
     """Turn published weights into a pipeline folder."""

@@ -8,7 +8,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from stvision.cli.options import says_its_defaults
 
+
+@says_its_defaults
 @dataclass
 class Metaworld:
     """Render episodes of Meta-World robot tasks into a folder of clips with one index."""
@@ -45,6 +48,7 @@ class Metaworld:
     """Print the summary as one JSON object."""
 
 
+@says_its_defaults
 @dataclass
 class Pack:
     """Decode a folder of clips once into one memory-mapped file, for fast training."""
@@ -65,6 +69,7 @@ class Pack:
     """Processes that decode."""
 
 
+@says_its_defaults
 @dataclass
 class Check:
     """Count the clips of a folder, its splits and tasks, and what cannot be used."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from stvision.cli.eval_motion import Motion, run_motion
+from stvision.cli.options import says_its_defaults
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 SHUFFLED = "shuffled sentence"
 
 
+@says_its_defaults
 @dataclass
 class Predict:
     """Predict clips of a data set and score them against the real ones.
@@ -110,6 +112,7 @@ class Predict:
     """Print the summary as one JSON object instead of the table."""
 
 
+@says_its_defaults
 @dataclass
 class Clips:
     """Score a folder of clips against a folder of real ones; files match by their names."""

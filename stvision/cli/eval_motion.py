@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from stvision.cli.options import says_its_defaults
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = {".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif", ".m4v"}
 
 
+@says_its_defaults
 @dataclass
 class Motion:
     """Measure motion, consistency and flicker of a clip or a folder of clips.

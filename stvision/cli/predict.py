@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from stvision.cli.options import says_its_defaults
+
 #: How a file name ends -> what is written.
 SUFFIXES = {
     ".mp4": "H.264 video",
@@ -17,6 +19,7 @@ SUFFIXES = {
 }
 
 
+@says_its_defaults
 @dataclass
 class Command:
     """Predict a video from one or more frames and a sentence."""

@@ -129,3 +129,13 @@ def test_advice_names_options_that_exist(capsys: pytest.CaptureFixture) -> None:
 
 def test_wrong_input_of_several_lines_stays_one() -> None:
     assert explain(ValueError("first\n\n  second")) == "first second"
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["predict", "convert", "eval predict", "eval clips", "eval motion", "data metaworld"],
+)
+def test_help_says_defaults_in_words(words: str, capsys: pytest.CaptureFixture) -> None:
+    assert main([*words.split(), "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: None)" not in shown and "(default: False)" in shown
