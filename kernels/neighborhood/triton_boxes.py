@@ -167,13 +167,13 @@ def forward_boxes(
 
 @triton.jit(do_not_specialize=["rows", "tokens", "line", "pad_w", "heads", "plane"])
 def row_sums(
-    out, grad_out, lse, grad_lse, stats, rows, tokens, line, pad_w, heads, plane,
+    out, grad_out, lse, grad_lse, stats, rows, tokens, line, pad_w, heads, plane, factor,
     DV: tl.constexpr, BDV: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """What the backward needs of each row, as (2, B, heads, T, H, padded W) float32.
 
-    First lse * log2(e), plus infinity for rows without a key so that they weigh nothing; then
-    sum(grad_out * out) - grad_lse. ``line`` is W, ``plane`` the numbers of one of the two.
+    First lse / factor, in the unit of unscaled scores, and plus infinity for rows without a key so
+    that they weigh nothing; then sum(grad_out * out) - grad_lse. ``line`` is W, ``plane`` the numbers of one of the two.
     """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     real = row < rows
@@ -183,7 +183,7 @@ def row_sums(
     a = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
     delta = tl.sum(a * b, 1) - tl.load(grad_lse + row, mask=real, other=0.0)
-    log_total = tl.load(lse + row, mask=real, other=0.0) * 1.4426950408889634
+    log_total = tl.load(lse + row, mask=real, other=0.0) / factor
     log_total = tl.where(log_total == float("-inf"), float("inf"), log_total)
     token, head = row // heads, row % heads
     batch, token = token // tokens, token % tokens
@@ -244,12 +244,15 @@ def query_gradient_boxes(
     for _ in range(boxes):
         kk = tl.reshape(k.load([batch, t, h, w, kv_head * D]), [N, BD])
         vv = tl.reshape(v.load([batch, t, h, w, kv_head * DV]), [N, BDV])
-        barred = _barred(start_w, stop_w, w, cw) + _barred(start_t, stop_t, t, ct)
+        # what is subtracted from each row is the start of the sums too
+        barred = (_barred(start_w, stop_w, w, cw) - log_total[:, None]) + _barred(
+            start_t, stop_t, t, ct
+        )
         barred += _barred(start_h, stop_h, h, ch)
         scores = tl.dot(qq, tl.trans(kk), barred, input_precision=PRECISION)
-        ds = tl.dot(do, tl.trans(vv), input_precision=PRECISION)
-        weights = tl.exp2(scores * scale - log_total[:, None])
-        ds = weights * (ds - delta[:, None])
+        below = tl.broadcast_to(-delta[:, None], [M, N])
+        ds = tl.dot(do, tl.trans(vv), below, input_precision=PRECISION)
+        ds = tl.exp2(scores * scale) * ds
         acc = tl.dot(ds.to(kk.dtype), kk, acc, input_precision=PRECISION)
         t, h, w = _next(t, h, w, low_h, low_w, high_h, high_w, KT, KH, KW)
     tl.store(
@@ -329,9 +332,11 @@ def key_gradient_boxes(
             delta = tl.load(deltas + at, mask=inside, other=0.0)
         barred = _barred(start_w, stop_w, w, cw) + _barred(start_t, stop_t, t, ct)
         barred += _barred(start_h, stop_h, h, ch)
+        # as a start of the products these would be waited for: Triton loads ahead only what it uses
+        # after or in a product
         scores = tl.dot(kk, tl.trans(qq), barred, input_precision=PRECISION)
         ds = tl.dot(vv, tl.trans(do), input_precision=PRECISION)
-        weights = tl.exp2(scores * scale - log_total[None, :])
+        weights = tl.exp2(scores * scale - (log_total * scale)[None, :])
         acc_v = tl.dot(weights.to(do.dtype), do, acc_v, input_precision=PRECISION)
         ds = (weights * (ds - delta[None, :])).to(qq.dtype)
         acc_k = tl.dot(ds, qq, acc_k, input_precision=PRECISION)

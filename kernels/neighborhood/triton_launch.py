@@ -277,6 +277,7 @@ def _lean_backward(
             pad,
             heads,
             stats[0].numel(),
+            scale,
         ),
         {"DV": dv, "BDV": constants["BDV"], "R": block, "num_warps": 4, "num_stages": 1},
     )
