@@ -4,7 +4,6 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -115,7 +114,6 @@ WHY_NOT: dict[str, Callable[[Request], str | None]] = {
 }
 
 
-@lru_cache(maxsize=512)
 def choose(request: Request, backend: str | None) -> Choice:
     """The backend asked for, or the first of the automatic order that can run the request.
 

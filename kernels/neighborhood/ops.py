@@ -6,11 +6,17 @@ The backend is an argument, so that ``torch.compile`` sees one operator whatever
 
 import contextlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from stvision.kernels.neighborhood.windows import decode_axes
+from stvision.kernels.neighborhood.windows import Axis, decode_axes
+
+
+@lru_cache(maxsize=512)
+def _axes(numbers: tuple[int, ...]) -> tuple[Axis, ...]:
+    return decode_axes(numbers)
 
 
 def _own_types(device: str) -> contextlib.AbstractContextManager:
@@ -61,7 +67,7 @@ def neighborhood_attention(
     options = _options(backend, tile, query.dim() - 3, None)
     with _own_types(query.device.type):
         return _module(backend).forward(
-            query, key, value, rpb, key_mask, decode_axes(list(axes)), scale, **options
+            query, key, value, rpb, key_mask, _axes(tuple(axes)), scale, **options
         )
 
 
@@ -103,7 +109,7 @@ def neighborhood_attention_backward(
             key_mask,
             out,
             lse,
-            decode_axes(list(axes)),
+            _axes(tuple(axes)),
             scale,
             **options,
         )
