@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from stvision.cli.eval_broadway import BroadWayTable, run_broadway
 from stvision.cli.eval_motion import Motion, run_motion
 from stvision.cli.options import says_its_defaults
 
@@ -164,7 +165,8 @@ class Command:
     job: Annotated[
         Annotated[Predict, tyro.conf.subcommand("predict", prefix_name=False)]
         | Annotated[Clips, tyro.conf.subcommand("clips", prefix_name=False)]
-        | Annotated[Motion, tyro.conf.subcommand("motion", prefix_name=False)],
+        | Annotated[Motion, tyro.conf.subcommand("motion", prefix_name=False)]
+        | Annotated[BroadWayTable, tyro.conf.subcommand("broadway", prefix_name=False)],
         tyro.conf.arg(name=""),
     ]
 
@@ -173,6 +175,8 @@ def run(command: Command) -> int:
     """Run the chosen job."""
     if isinstance(command.job, Motion):
         return run_motion(command.job)
+    if isinstance(command.job, BroadWayTable):
+        return run_broadway(command.job)
     return run_predict(command.job) if isinstance(command.job, Predict) else run_clips(command.job)
 
 
@@ -394,7 +398,7 @@ def run_predict(command: Predict) -> int:
     return 0
 
 
-def open_data(command: Predict, num_frames: int, size: tuple[int, int]) -> Any:
+def open_data(command: Predict | BroadWayTable, num_frames: int, size: tuple[int, int]) -> Any:
     """The clips of ``command.data``, cut to length and size, as training reads them."""
     from stvision.datasets.clips import ClipFolder
 
@@ -495,8 +499,8 @@ def _predict(
     dataset: Any,
     batch: list[_Item],
     texts: dict[str, str],
-    store: "_Store",
-    command: Predict,
+    store: Any,
+    command: Predict | BroadWayTable,
     references: int,
     length: int,
 ) -> None:
