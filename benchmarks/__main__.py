@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 #: module -> does it need a GPU
-BENCHMARKS = {"video_io": False, "neighborhood": False, "seer_step": True}
+BENCHMARKS = {"video_io": False, "neighborhood": False, "seer_step": True, "broadway": True}
 
 
 def main() -> int:

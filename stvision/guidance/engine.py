@@ -122,7 +122,8 @@ class _Field:
     def own(self, part: slice) -> Tensor:
         """The model's maps: (B, N, heads, F, F) or (B, N, heads, F, S, F, S)."""
         query, key = (x[:, part].transpose(2, 3) for x in (self.query, self.key))
-        scores = _product(query, key.transpose(-1, -2), self.wide) * self.scale
+        scores = _product(query, key.transpose(-1, -2), self.wide)
+        scores = scores * self.scale if torch.is_grad_enabled() else scores.mul_(self.scale)
         if self.causal:
             seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
             scores = scores.masked_fill(~seen, -torch.inf)

@@ -130,7 +130,7 @@ def temporal_self_guidance(maps: Tensor, reference: Tensor, alpha: float) -> Ten
     _check_maps(maps)
     _check_maps(reference, "reference")
     wide = _wide(maps)
-    return wide + alpha * (reference.to(wide) - wide)
+    return torch.lerp(wide, reference.to(wide), alpha)
 
 
 def renormalise(maps: Tensor, clamp: bool) -> Tensor:
