@@ -1,6 +1,7 @@
 """Launch the Triton kernels: layouts, tables and shapes. Imported only when this backend runs."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
@@ -374,6 +375,14 @@ def _lean_backward(
     return True
 
 
+def _fits(run: Callable[..., bool], *arguments: Any) -> bool:
+    """Whether ``run`` did its work; shapes too large for the device leave it to other kernels."""
+    try:
+        return run(*arguments)
+    except OutOfResources:
+        return False
+
+
 def _sizes(tile: tuple[int, ...] | None, axes: tuple[Axis, ...], dim: int, bytes_: int) -> Tiles:
     chosen = choose_tiles(three_axes(axes), dim, bytes_) if len(tile or ()) <= len(axes) else None
     if tile is None:
@@ -453,7 +462,7 @@ def forward(
     q, k, v = _grid3(query), _grid3(key), _grid3(value)
     filled = three_axes(axes)
     lean = boxes is not False and _is_lean(query, rpb, key_mask, axes, scale)
-    if lean and _lean_forward(q, k, v, out, lse, filled, scale, tile, len(axes)):
+    if lean and _fits(_lean_forward, q, k, v, out, lse, filled, scale, tile, len(axes)):
         return out, lse
     tiles = _sizes(tile, axes, max(key.shape[-1], value.shape[-1]), query.element_size())
     tables = on_device(filled, tiles.query, "query", str(q.device))
@@ -533,14 +542,13 @@ def backward(
     filled = three_axes(axes)
     grads = grad_q, grad_k, grad_v
     rank, one_pass = len(axes), ONE_PASS and not deterministic
-    if (
-        boxes is not False
-        and _is_lean(query, rpb, key_mask, axes, scale)
-        and _lean_backward(
-            grad_out, grad_lse, q, k, v, out, lse, grads, filled, scale, tile, rank, one_pass
-        )
-    ):
-        return *grads, None
+    if boxes is not False and _is_lean(query, rpb, key_mask, axes, scale):
+        given = (grad_out, grad_lse, q, k, v, out, lse, grads, filled, scale, tile, rank)
+        # the kernel of one pass needs the most memory
+        if (one_pass and _fits(_lean_backward, *given, True)) or _fits(
+            _lean_backward, *given, False
+        ):
+            return *grads, None
     size = max(key.shape[-1], value.shape[-1])
     # two products more live at once than in the forward, so the boxes are those of twice the size
     tiles = _sizes(tile, axes, 2 * size, query.element_size())
