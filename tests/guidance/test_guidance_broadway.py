@@ -262,6 +262,18 @@ def test_seer_pipeline():
         torch.testing.assert_close(seer_call(pipe), plain, rtol=0, atol=1e-4)
 
 
+def test_seer_weights_that_come_and_go():
+    accelerate = pytest.importorskip("accelerate")
+    pipe = tiny_seer_pipeline()
+    pipe.enable_broadway(fraction=1.0)
+    expected = seer_call(pipe)
+    accelerate.cpu_offload(pipe.unet, execution_device="cpu")
+    assert all(p.device.type == "meta" for p in pipe.unet.parameters())
+    before = snapshot(pipe)
+    assert torch.equal(seer_call(pipe), expected)
+    assert_same(before, snapshot_of_network(pipe, before))
+
+
 def test_a_video_does_not_depend_on_those_made_with_it():
     pipe = tiny_seer_pipeline()
     pipe.enable_broadway(beta=0.1, fraction=1.0)
