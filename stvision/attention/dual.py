@@ -8,12 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stvision.attention.dispatch import dispatch_attention
 
-def channel_group_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+
+def channel_group_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
+) -> Tensor:
     """Mix channels within each head, on the arguments (..., N, heads, D) of equal shape.
 
     Follows the released weights of DaViT, whose thirds of the qkv projection play the roles
-    softmax(key^T value / sqrt(D)) applied to query, the softmax over value's channels.
+    softmax(key^T value * scale) applied to query, the softmax over value's channels.
+
+    Args:
+        query: (..., N, heads, D), what is mixed.
+        key: like ``query``; its channels are those of the output.
+        value: like ``query``; its channels are what the softmax runs over.
+        scale: factor on the scores, ``D ** -0.5`` if ``None``. The scores are sums over N tokens.
 
     Returns:
         (..., N, heads, D).
@@ -26,7 +36,7 @@ def channel_group_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor
             "query, key and value must have one shape, got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
-    scale = query.shape[-1] ** -0.5
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("...nhi,...nhj->...hij", key * scale, value)
     weights = scores.softmax(dim=-1)
     return torch.einsum("...hij,...nhj->...nhi", weights, query)
@@ -47,20 +57,50 @@ class _Projected(nn.Module):
 
 
 class ChannelGroupAttention(_Projected):
-    """Channel attention; `over_time` takes the tokens of all frames instead of one frame."""
+    """Channel attention over the tokens of each frame, or of the whole clip.
+
+    Args:
+        dim: channels C.
+        num_heads: groups of channels; must divide ``dim``.
+        qkv_bias: add a bias to the input projection.
+        over_time: take the tokens of all frames together instead of each frame's.
+        average_frames: with ``over_time``, average the scores over frames instead of summing them,
+            so that a clip of equal frames gives what its frame gives.
+        florence: the roles of Florence-2's tower (Xiao et al. 2023): softmax(query^T key / sqrt(N))
+            applied to value, N the tokens. The weights of one kind do not fit the other.
+    """
 
     def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool = True, over_time: bool = False
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        over_time: bool = False,
+        *,
+        average_frames: bool = False,
+        florence: bool = False,
     ) -> None:
         super().__init__(dim, num_heads, qkv_bias)
-        self.over_time = over_time
+        self.over_time, self.average_frames, self.florence = over_time, average_frames, florence
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, H, W, C) to the same shape; ValueError for another shape."""
         self._check(x)
+        frames = x.shape[1] if self.over_time else 1
         tokens = x.flatten(1, 3) if self.over_time else x.flatten(2, 3)
+        count = tokens.shape[-2]
+        shared = frames if self.average_frames else 1
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        return self.proj(channel_group_attention(q, k, v).flatten(-2)).view(x.shape)
+        if self.florence:
+            # tokens of equal frames count once where their scores are averaged
+            q, k, v = v, q, k
+            scale = (count / shared) ** -0.5 / shared
+        else:
+            scale = (self.dim // self.num_heads) ** -0.5 / shared
+        return self.proj(channel_group_attention(q, k, v, scale).flatten(-2)).view(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, over_time={self.over_time}"
 
 
 class SpatialWindowAttention(_Projected):
@@ -84,11 +124,11 @@ class SpatialWindowAttention(_Projected):
         self.window_size, self.mask_padding = window_size, mask_padding
 
     def _windows(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> (N, windows, tokens, C)."""
+        """(N, H, W, C) -> (N * windows, tokens, C)."""
         s = self.window_size
         n, h, w, c = x.shape
         x = x.view(n, h // s, s, w // s, s, c).transpose(2, 3)
-        return x.reshape(n, (h // s) * (w // s), s * s, c)
+        return x.reshape(n * (h // s) * (w // s), s * s, c)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, H, W, C) to the same shape; ValueError for another shape."""
@@ -100,11 +140,9 @@ class SpatialWindowAttention(_Projected):
         q, k, v = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         mask = None
         if self.mask_padding and (h % s or w % s):
-            inside = F.pad(torch.ones(1, h, w, 1, device=x.device), pad)
-            mask = self._windows(inside).bool()[:, :, None, None, :, 0]
-        q, k, v = (i.transpose(-2, -3) for i in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        out = self.proj(out.transpose(-2, -3).flatten(-2))
+            inside = F.pad(torch.ones(1, h, w, 1, device=x.device), pad).expand(b * t, -1, -1, -1)
+            mask = self._windows(inside).bool()[:, None, None, :, 0]
+        out = self.proj(dispatch_attention(q, k, v, mask=mask).flatten(-2))
         rows, cols = -(-h // s), -(-w // s)
         out = out.view(b * t, rows, cols, s, s, c).transpose(2, 3)
         return out.reshape(b, t, rows * s, cols * s, c)[:, :, :h, :w]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stvision.attention.neighborhood_modules import NeighborhoodAttention2D, NeighborhoodAttention3D
+from stvision.models.weights import load_backbone, read_weights
 
 
 def _per_frame(module: nn.Module, x: Tensor) -> Tensor:
@@ -210,8 +211,10 @@ class NAT(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A fresh head of ``num_classes`` outputs; 0 for none."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head of ``num_classes`` outputs; 0 for none. The only pooling is the mean."""
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool must be 'avg' or None, got {global_pool!r}")
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         if isinstance(self.head, nn.Linear):
@@ -359,32 +362,22 @@ def convert_nat_state_dict(
     return found
 
 
-def _read(path: str | Path) -> Mapping[str, Any]:
-    if str(path).endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return cast(Mapping[str, Any], torch.load(path, map_location="cpu", weights_only=True))
-
-
 def _create(
     pretrained: str | Path | None, defaults: dict[str, Any], options: dict[str, Any]
 ) -> NAT:
     settings = defaults | options
     state = None
     if pretrained is not None:
-        state = convert_nat_state_dict(_read(pretrained), frame_kernel=settings.get("frame_kernel"))
+        state = convert_nat_state_dict(
+            read_weights(pretrained), frame_kernel=settings.get("frame_kernel")
+        )
         # the factors exist or not by release, so the checkpoint decides
         if "layer_scale" not in options:
             scaled = any(key.endswith(".gamma1") for key in state)
             settings["layer_scale"] = 1e-5 if scaled else None
     model = NAT(**settings)
     if state is not None:
-        if "head.weight" in state and len(state["head.weight"]) != model.num_classes:
-            state = {key: x for key, x in state.items() if not key.startswith("head.")}
-            model.load_state_dict(state | model.head.state_dict(prefix="head."))
-        else:
-            model.load_state_dict(state)
+        load_backbone(model, state, first_conv="patch_embed.proj.0", head="head")
     return model
 
 
@@ -419,7 +412,8 @@ def _builder(family: str, size: str) -> Callable[..., NAT]:
     build.__doc__ = f"""{"Di" * (family == "dinat")}NAT-{size.title()}.
 
     Args:
-        pretrained: path of a checkpoint of the authors (.pth) or of transformers (.safetensors).
+        pretrained: weights of the authors or of transformers: a file, a folder or ``owner/name``
+            of a hub repository.
         options: arguments of :class:`NAT` that differ from the published model.
     """
     return build

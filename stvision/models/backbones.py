@@ -1,0 +1,72 @@
+"""The catalogue of image and video backbones, and one function that builds each of them by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stvision.models.davit import DAVIT_MODELS
+from stvision.models.nat import NAT_MODELS
+
+
+def _nat(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A builder of NAT that takes ``frames``: its windows get up to 5 of them, an odd number."""
+
+    def with_frames(
+        pretrained: str | Path | None = None, frames: int | None = None, **options: Any
+    ) -> nn.Module:
+        if frames is not None and "frame_kernel" not in options:
+            # of two frames a window takes both
+            options["frame_kernel"] = frames if frames < 3 else min(5, frames - 1 + frames % 2)
+        return build(pretrained, **options)
+
+    with_frames.__name__ = with_frames.__qualname__ = build.__name__
+    with_frames.__doc__ = build.__doc__
+    return with_frames
+
+
+#: name -> function ``(pretrained=None, frames=None, **options)``
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    **{name: _nat(build) for name, build in NAT_MODELS.items()},
+    **DAVIT_MODELS,
+}
+
+
+def create_backbone(
+    name: str,
+    pretrained: str | Path | None = None,
+    in_chans: int = 3,
+    num_classes: int | None = None,
+    frames: int | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a backbone with timm's surface.
+
+    All have ``forward_features``, ``forward_head``, ``forward_intermediates``,
+    ``get_classifier``, ``reset_classifier``, ``set_grad_checkpointing`` and ``feature_info``.
+
+    Args:
+        name: a key of :data:`BACKBONES`.
+        pretrained: image weights in a published layout: a file, a folder, or ``owner/name`` of a
+            hub repository. A video model takes them by the rule in the module of its family, under
+            which a clip of equal frames gives the logits of its image.
+        in_chans: channels of images or frames; the first convolution's weights are summed or
+            shared out where it is not theirs.
+        num_classes: outputs of the head, 0 for none; ``None`` for as many as the published model
+            has. Where the weights have another number the head stays fresh.
+        frames: ``None`` for a model of images (B, C, H, W), a number for one of clips
+            (B, C, T, H, W).
+        options: further arguments of the model's class.
+
+    Raises:
+        ValueError: an unknown name, arguments that do not fit together, or weights that do not fit.
+        FileNotFoundError: ``pretrained`` names nothing that exists.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"backbone must be one of {', '.join(sorted(BACKBONES))}, got {name!r}")
+    if frames is not None and (isinstance(frames, bool) or frames < 1):
+        raise ValueError(f"frames must be None (images) or at least 1, got {frames}")
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    return BACKBONES[name](pretrained, frames=frames, in_chans=in_chans, **options)

@@ -1,0 +1,230 @@
+"""What all backbones have in common: the catalogue, timm's surface, gradients, dtypes, compilation."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stvision.models import davit, nat
+from stvision.models.backbones import BACKBONES, create_backbone
+from stvision.models.weights import adapt_input_channels, read_weights
+
+#: family -> class, arguments that make it small
+SMALL: dict[str, tuple[type[nn.Module], dict]] = {
+    "davit": (
+        davit.DaViT,
+        {"depths": (1, 1), "embed_dims": (8, 16), "num_heads": (2, 4), "window_size": 3},
+    ),
+}
+KINDS = [
+    pytest.param(name, frames, id=f"{name}-{'image' if frames is None else 'clip'}")
+    for name in SMALL
+    for frames in (None, 3)
+]
+
+
+def small(name: str, frames: int | None, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    cls, defaults = SMALL[name]
+    model = cls(**(defaults | {"num_classes": 5, "frames": frames} | options))
+    for key, p in model.named_parameters():
+        if key.endswith(".time.weight"):  # as after training
+            nn.init.normal_(p, std=0.3)
+    return model
+
+
+def pixels(frames: int | None, dtype: torch.dtype = torch.float32, in_chans: int = 3) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    size = (2, in_chans, 37, 42) if frames is None else (2, in_chans, frames, 37, 42)
+    return torch.randn(size, generator=g, dtype=dtype)
+
+
+@pytest.mark.parametrize(("name", "frames"), KINDS)
+def test_intermediates_features_and_head_agree(name: str, frames: int | None) -> None:
+    model, x = small(name, frames).eval(), pixels(frames)
+    last, features = model.forward_intermediates(x, norm=True)
+    assert torch.equal(last, model.forward_features(x))
+    assert torch.equal(features[-1].movedim(1, -1), last)
+    assert torch.equal(model.forward_head(last), model(x))
+    lead = [] if frames is None else [frames]
+    for feature, info in zip(features, model.feature_info, strict=True):
+        size = [math.ceil(n / info["reduction"]) for n in x.shape[-2:]]
+        assert list(feature.shape) == [2, info["num_chs"], *lead, *size]
+        assert isinstance(model.get_submodule(info["module"]), nn.Module)
+    (one,) = model.forward_intermediates(x, [0], stop_early=True, intermediates_only=True)
+    assert torch.equal(one, features[0])
+    stopped, _ = model.forward_intermediates(x, [0], stop_early=True, output_fmt="NHWC")
+    assert torch.equal(stopped.movedim(-1, 1), features[0])
+    assert len(model.forward_intermediates(x, 1, intermediates_only=True)) == 1
+    for options, message in (
+        ({"indices": [9]}, "indices=.9. must lie between"),
+        ({"indices": 9}, "indices=9 must lie between 1"),
+        ({"output_fmt": "NLC"}, "output_fmt must be 'NCHW' or 'NHWC'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.forward_intermediates(x, **options)
+    with pytest.raises(ValueError, match=r"x must be \(B, 3, "):
+        model(x[:, :2])
+    with pytest.raises(ValueError, match=r"x must be \(B, 3, "):
+        model(x[..., 0])
+
+
+@pytest.mark.parametrize(("name", "frames"), KINDS)
+def test_reset_classifier(name: str, frames: int | None) -> None:
+    model, x = small(name, frames).double().eval(), pixels(frames, torch.float64)
+    features = model.forward_features(x)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3) and model.num_classes == 3
+    assert model.get_classifier().weight.dtype == torch.float64
+    assert torch.equal(model.forward_features(x), features)
+    model.reset_classifier(0, "avg")
+    assert model(x).shape == (2, model.num_features)
+    assert torch.equal(model(x), model.forward_head(features, pre_logits=True))
+    with pytest.raises(ValueError, match="global_pool"):
+        model.reset_classifier(3, "max")
+
+
+@pytest.mark.parametrize(("name", "frames"), KINDS)
+def test_checkpointing_changes_no_gradient(name: str, frames: int | None) -> None:
+    model = small(name, frames, drop_path_rate=0.0).double().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(pixels(frames, torch.float64)).square().sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(("name", "frames"), KINDS)
+def test_gradients_are_those_of_differences(name: str, frames: int | None) -> None:
+    """Along random directions of input and of weights, in float64."""
+    model, x = small(name, frames).double().eval(), pixels(frames, torch.float64)
+    x.requires_grad_()
+    leaves = [x, *model.parameters()]
+    directions = [torch.randn_like(leaf) * 0.1 for leaf in leaves]
+    weight = torch.randn(2, 5, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        return (model(x) * weight).sum()
+
+    grads = torch.autograd.grad(loss(), leaves)
+    slope = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
+    ends = []
+    with torch.no_grad():
+        for step in (1e-5, -2e-5):
+            for leaf, direction in zip(leaves, directions, strict=True):
+                leaf.add_(direction, alpha=step)
+            ends.append(loss())
+    assert abs((ends[0] - ends[1]) / 2e-5 - slope) < 1e-5 * max(1.0, abs(slope))
+
+
+@pytest.mark.parametrize(("name", "frames"), KINDS)
+def test_compiles_as_one_graph(name: str, frames: int | None) -> None:
+    model, x = small(name, frames).double().eval(), pixels(frames, torch.float64)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    assert (compiled(x) - model(x)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(("name", "frames"), KINDS)
+def test_half_precision_and_autocast(name: str, frames: int | None) -> None:
+    model, x = small(name, frames).eval(), pixels(frames)
+    wanted = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(x)
+        mixed.float().sum().backward()
+    half = model.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    for got in (mixed, half):
+        assert (got.float() - wanted).abs().max() < 0.06 * wanted.abs().max()
+
+
+def test_catalogue_builds_by_name() -> None:
+    for name, build in BACKBONES.items():
+        for frames in (None, 4):
+            with torch.device("meta"):
+                model = create_backbone(name, in_chans=2, num_classes=3, frames=frames)
+            first = next(m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+            assert first.in_channels == 2
+            assert model.get_classifier().out_features == model.num_classes == 3
+        assert build.__doc__
+    assert {"davit_tiny", "davit_small", "davit_base", "davit_large"} <= BACKBONES.keys()
+    with pytest.raises(ValueError, match="backbone must be one of .*davit_tiny.*, got 'davit'"):
+        create_backbone("davit")
+    with pytest.raises(ValueError, match="frames must be None .* or at least 1, got 0"):
+        create_backbone("davit_tiny", frames=0)
+    with pytest.raises(ValueError, match="in_chans must be at least 1"):
+        create_backbone("davit_tiny", in_chans=0)
+
+
+@pytest.mark.parametrize(("frames", "kernel"), [(1, 1), (2, 2), (3, 3), (4, 3), (5, 5), (16, 5)])
+def test_windows_of_nat_fit_the_frames(frames: int, kernel: int) -> None:
+    with torch.device("meta"):
+        assert create_backbone("nat_mini", frames=frames).frame_kernel == kernel
+
+
+def test_weights_come_from_files_and_folders(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    sizes = SMALL["davit"][1]
+    source = davit.DaViT(**sizes, num_classes=5).eval()
+    torch.save({"model": source.state_dict()}, tmp_path / "a.pth")
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    x = pixels(None)
+    for path in (tmp_path / "a.pth", tmp_path / "model.safetensors", tmp_path, str(tmp_path)):
+        model = create_backbone("davit_tiny", path, num_classes=5, **sizes).eval()
+        assert torch.equal(model(x), source(x))
+    other = create_backbone("davit_tiny", tmp_path, num_classes=4, frames=3, **sizes).eval()
+    clip = x[:, :, None].expand(-1, -1, 3, -1, -1)
+    assert other(clip).shape == (2, 4)
+    close = (other.forward_features(clip)[:, 1] - source.forward_features(x)).abs().max()
+    assert close < 1e-4
+    grey = create_backbone("davit_tiny", tmp_path, in_chans=1, num_classes=5, **sizes).eval()
+    same = x[:, :1]
+    assert (grey(same) - source(same.expand(-1, 3, -1, -1))).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="do not fit DaViT: missing .*; left over"):
+        create_backbone("davit_tiny", tmp_path, **(sizes | {"depths": (2, 0)}))
+    with pytest.raises(ValueError, match="other shape .* for .* and more"):
+        create_backbone("davit_tiny", tmp_path, **(sizes | {"embed_dims": (4, 8)}))
+    with pytest.raises(FileNotFoundError, match="neither a file, a folder nor owner/name"):
+        read_weights(tmp_path / "lost.pth")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds none of model.safetensors"):
+        read_weights(tmp_path / "empty")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="list.pth holds no state dict"):
+        read_weights(tmp_path / "list.pth")
+
+
+def test_image_weights_of_nat_become_video_weights(tmp_path: Path) -> None:
+    sizes = {
+        "depths": (1, 1),
+        "num_heads": (1, 2),
+        "embed_dim": 16,
+        "mlp_ratio": 2,
+        "kernel_size": 3,
+    }
+    sizes["dilations"] = [[1], [1]]
+    source = nat.NAT(**sizes, num_classes=5).eval()
+    torch.save(source.state_dict(), tmp_path / "nat.pth")
+    video = create_backbone(
+        "nat_mini", tmp_path / "nat.pth", num_classes=5, frames=3, **sizes
+    ).eval()
+    x = pixels(None)
+    clip = x[:, :, None].expand(-1, -1, 3, -1, -1)
+    assert (video(clip) - source(x)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6, 7])
+def test_input_channels_keep_the_response_to_equal_channels(channels: int) -> None:
+    weight = torch.randn(5, 3, 2, 2, dtype=torch.float64)
+    adapted = adapt_input_channels(weight, channels)
+    assert adapted.shape == (5, channels, 2, 2)
+    torch.testing.assert_close(adapted.sum(1), weight.sum(1))
