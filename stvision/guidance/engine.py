@@ -70,7 +70,9 @@ class Guided:
 
 def _product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
     """``left @ right`` of (..., L, d) and (..., d, M) in ``wide``."""
-    if left.is_cuda and left.dtype != wide and not torch.is_grad_enabled():
+    half = left.dtype in (torch.float16, torch.bfloat16)
+    mixed = half and left.is_cuda and torch.version.hip is None
+    if mixed and not torch.is_grad_enabled():
         # half-precision operands, accumulated in and written as float32: no wide copies of them
         out = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=wide)
         return out.unflatten(0, left.shape[:-2])

@@ -196,6 +196,30 @@ def test_half_precision_stays_near_float32(dtype):
     assert error < (0.005 if dtype == torch.float16 else 0.04)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bound", [2**27, 200_000])
+def test_half_precision_attention_is_near_float64(device, dtype, bound):
+    from stvision.guidance.engine import guide
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(4, 48, 16, 2, 40, generator=generator).to(dtype) for _ in range(3))
+    earlier = torch.randn(4, 3, 4, 2, 16, 16, generator=generator).softmax(-1)
+    options = BroadWay(alpha=0.6, beta=1.5, max_map_bytes=bound)
+    kwargs = {"scale": 0.16, "options": options, "size": (6, 8), "first_conditional": 2}
+    with torch.no_grad():
+        wide = guide(q.double(), k.double(), v.double(), reference=earlier.double(), **kwargs)
+        half = guide(*(x.to(device) for x in (q, k, v)), reference=earlier.to(device), **kwargs)
+    for name in ("before", "high", "low", "gain"):
+        found = getattr(half.energy, name)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(
+            found.cpu().double(), getattr(wide.energy, name), rtol=1e-4, atol=1e-6
+        )
+    error = (half.output.cpu().double() - wide.output).norm() / wide.output.norm()
+    assert error < (1e-3 if dtype == torch.float16 else 8e-3), error
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     unet = tiny_motion_unet()
     sample, text = torch.randn(1, 4, 4, 8, 8), torch.randn(4, 3, 8)
