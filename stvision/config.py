@@ -42,7 +42,12 @@ def find_config(path: str | Path) -> Path:
 
 
 def load_config(
-    cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = (), prog: str = ""
+    cls: type[T],
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    prog: str = "",
+    *,
+    part: bool = False,
 ) -> T:
     """Read a configuration and apply options of the command line to it.
 
@@ -52,6 +57,8 @@ def load_config(
         overrides: words such as ``["--train.max-steps", "10"]``; ``--help`` prints every option
             with its present value and leaves.
         prog: name shown by ``--help``.
+        part: leave out the file's top-level keys that ``cls`` has no field for, so that the file of
+            a larger configuration can be read.
 
     Raises:
         FileNotFoundError: no such file.
@@ -62,7 +69,11 @@ def load_config(
         loaded = from_mapping(cls, {}, "the defaults")
     else:
         file = find_config(path)
-        loaded = from_mapping(cls, _read_yaml(file), str(file))
+        mapping = _read_yaml(file)
+        if part:
+            known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+            mapping = {key: mapping[key] for key in mapping if key in known}
+        loaded = from_mapping(cls, mapping, str(file))
     if not overrides:
         return loaded
     import tyro
@@ -132,13 +143,16 @@ def update_config(path: str | Path, changes: Mapping[str, Any]) -> None:
     os.replace(temporary, target)
 
 
-def parse_config(cls: type[T], argv: Sequence[str] | None = None, prog: str = "") -> T:
+def parse_config(
+    cls: type[T], argv: Sequence[str] | None = None, prog: str = "", *, part: bool = False
+) -> T:
     """Configuration of a ``python -m`` entry: ``[--config FILE] [OPTIONS]``.
 
     Args:
         cls: the task's dataclass.
         argv: words of the command line; the process's own when None.
         prog: name shown by ``--help``.
+        part: as in :func:`load_config`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     path: str | None = None
@@ -155,7 +169,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, prog: str = ""
         else:
             rest.append(word)
         index += 1
-    return load_config(cls, path, rest, prog)
+    return load_config(cls, path, rest, prog, part=part)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from stvision.cli.devices import choose_device
 from stvision.cli.eval_broadway import BroadWayTable, run_broadway
 from stvision.cli.eval_motion import Motion, run_motion
 from stvision.cli.options import says_its_defaults
@@ -218,9 +219,7 @@ def _extractors(
 
 
 def _device(name: str | None) -> str:
-    import torch
-
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    return str(choose_device(name))
 
 
 def _fingerprint(pipeline: Any) -> str:

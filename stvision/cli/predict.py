@@ -2,12 +2,15 @@
 
 import json as json_module
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from stvision.cli.devices import choose_device
 from stvision.cli.options import says_its_defaults
 
 #: How a file name ends -> what is written.
@@ -119,30 +122,47 @@ def run(command: Command) -> int:
     if changes and command.broadway is None:
         raise ValueError(f"--broadway-{next(iter(changes))} needs --broadway PRESET")
 
+    for name, least in (
+        ("num_frames", 2),
+        ("num_reference_frames", 1),
+        ("num_inference_steps", 1),
+    ):
+        value = getattr(command, name)
+        if value is not None and value < least:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be at least {least}, got {value}")
+    if command.fps is not None and not command.fps > 0:
+        raise ValueError(f"--fps must be above 0, got {command.fps}")
+
     import torch
 
-    device = torch.device(command.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(command.device)
     if command.fast and device.type != "cuda":
         raise ValueError(f"--fast replays CUDA graphs and needs a CUDA device; this is {device}")
 
     from stvision.guidance import BroadWay
+    from stvision.pipelines.budget import parse_bytes
+    from stvision.pipelines.conditioning import source_clip
     from stvision.pipelines.seer import SeerPipeline
 
     guidance = None
     if command.broadway is not None:
         guidance = BroadWay.from_preset(command.broadway, **changes)
 
-    # Sizes are checked before any weight is loaded.
+    # Sizes, budget and source are checked before any weight is loaded.
     hub = {"local_files_only": True} if command.local_files_only else {}
     if command.size is not None:
         SeerPipeline.size_rules(command.model, **hub).check(*command.size)
 
-    from stvision.pipelines.conditioning import source_clip
+    if command.memory is not None:
+        parse_bytes(command.memory)
+    source_clip(command.source, 1, start=command.start)
 
     began = time.perf_counter()
-    pipeline = SeerPipeline.from_pretrained(
-        command.model, dtype=getattr(torch, command.dtype), **hub
-    )
+    with progress_bars(shown=not (command.quiet or command.json)):
+        pipeline = SeerPipeline.from_pretrained(
+            command.model, dtype=getattr(torch, command.dtype), **hub
+        )
     pipeline.set_progress_bar_config(disable=command.quiet or command.json)
     if guidance is not None:
         pipeline.enable_broadway(guidance)
@@ -198,6 +218,26 @@ def run(command: Command) -> int:
             f"{fps:g} frames per second, predicted in {seconds['predict']:.1f} s on {device}"
         )
     return 0
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Let diffusers and transformers load without their bars, where they are not wanted."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = [
+        library
+        for library in (diffusers_logging, transformers_logging)
+        if not shown and library.is_progress_bar_enabled()
+    ]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
 
 
 def write_result(clip, output: Path) -> None:

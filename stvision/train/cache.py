@@ -1,7 +1,7 @@
 """Compute decoded frames, latents and text states once; training then reads them.
 
-``python -m stvision.train.cache --data.root FOLDER --vae FOLDER`` fills the cache; a training that
-finds nothing there fills it itself. Results are keyed by the files of the data set, by how clips
+``python -m stvision.train.cache --config FILE`` fills the cache for the training of that file, and
+``--data.root FOLDER --vae FOLDER`` without one; a training that finds nothing there fills it itself. Results are keyed by the files of the data set, by how clips
 are cut, and by the weights of the encoders; another file, cut or encoder makes a new entry and
 never reuses an old one. Encoders are freed before training starts.
 """
@@ -32,6 +32,7 @@ from stvision.train.encoders import (
     load_vae,
     text_digest,
 )
+from stvision.train.entry import attempt
 from stvision.train.folders import replaced_folder
 from stvision.train.state import derive_seed
 from stvision.train.store import Store, build, digest, files_digest
@@ -223,9 +224,11 @@ class CacheConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Which clips."""
     text: TextConfig = field(default_factory=TextConfig)
-    """Which text encoder; `auto` is that of the folder of the VAE, where it holds one."""
+    """Which text encoder; `auto` is that of `base`, where it holds one."""
     vae: str | None = None
     """Folder of the VAE, for latents."""
+    base: str | None = None
+    """Folder whose networks the training continues; that of the VAE when none."""
     device: str | None = None
     """Where the encoders compute; the GPU when there is one."""
 
@@ -234,7 +237,7 @@ def fill(config: CacheConfig) -> dict[str, int]:
     """Compute what is missing for both splits; number of clips by split."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     counts = {}
-    text = config.text.chosen(config.vae)
+    text = config.text.chosen(config.base or config.vae)
     encoder = cache(lambda: TextEncoder(text, device))
     for split in (config.data.split, config.data.validation_split):
         if config.data.cache == "latents":
@@ -250,12 +253,16 @@ def fill(config: CacheConfig) -> dict[str, int]:
     return counts
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry of ``python -m stvision.train.cache``."""
-    config = parse_config(CacheConfig, argv, "stvision train cache")
+def run(config: CacheConfig) -> None:
+    """Fill the cache and say what it holds."""
     for split, count in fill(config).items():
         print(f"{split}: {count} clips")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of ``python -m stvision.train.cache``; takes the configuration file of a training."""
+    return attempt(lambda: run(parse_config(CacheConfig, argv, "stvision train cache", part=True)))
+
+
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -42,14 +42,13 @@ def announce(config: Any) -> float:
     return started
 
 
-def report(run: Callable[[Any], Outcome], parse: Callable[[], Any]) -> int:
-    """Run a task and print how it ended.
+def attempt(job: Callable[[], None]) -> int:
+    """Run a job; its exit status.
 
     Wrong input becomes one sentence and status 2, a failure on the way one and status 1.
     """
     try:
-        config = parse()
-        outcome = run(config)
+        job()
     except (*WRONG_INPUT, *REFUSALS) as error:
         if os.environ.get(TRACEBACK):
             raise
@@ -58,8 +57,17 @@ def report(run: Callable[[Any], Outcome], parse: Callable[[], Any]) -> int:
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    if int(os.environ.get("RANK", "0")) == 0:
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in outcome.metrics.items())
-        state = "finished" if outcome.finished else "stopped; the same command continues"
-        print(f"step {outcome.step}: {state}{'; ' + numbers if numbers else ''}")
     return 0
+
+
+def report(run: Callable[[Any], Outcome], parse: Callable[[], Any]) -> int:
+    """Run a task and print how it ended; failures as in :func:`attempt`."""
+
+    def job() -> None:
+        outcome = run(parse())
+        if int(os.environ.get("RANK", "0")) == 0:
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in outcome.metrics.items())
+            state = "finished" if outcome.finished else "stopped; the same command continues"
+            print(f"step {outcome.step}: {state}{'; ' + numbers if numbers else ''}")
+
+    return attempt(job)

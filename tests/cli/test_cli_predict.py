@@ -13,6 +13,7 @@ from support_seer import tiny_seer_pipeline
 
 from stvision.cli.main import main
 from stvision.io import Clip, read_clip, save_clip
+from stvision.pipelines.seer import SeerPipeline
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +239,41 @@ def test_the_demo_without_clips_or_weights_says_so(demo, tmp_path, monkeypatch, 
     assert demo() == 2
     assert "no clips ship with this installation" in capsys.readouterr().err
     assert not demo.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", 0], "--num-inference-steps must be at least 1, got 0"),
+        (["--num-frames", 1], "--num-frames must be at least 2, got 1"),
+        (["--fps", 0], "--fps must be above 0, got 0.0"),
+        (["--memory", "lots"], "a byte budget is a number or text such as '8GB'"),
+        (["--device", "nope"], "--device must be cpu, cuda, cuda:1 ..., got 'nope'"),
+        (["--device", "cuda:99"], "--device cuda:99 asks for a GPU, and torch"),
+        (["--start", 99], "start 99.0 s is past the end of the clip"),
+    ],
+)
+def test_wrong_words_are_said_before_weights_are_loaded(
+    model, clip, monkeypatch, capsys, words, said
+):
+    monkeypatch.setattr(SeerPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert predict(clip, "--prompt", "push", "--model", model, *words) == 2
+    shown = capsys.readouterr().err.strip()
+    assert said in shown and len(shown.splitlines()) == 1
+
+
+def test_a_source_that_is_no_clip_is_said_before_weights_are_loaded(
+    model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(SeerPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "text.mp4").write_text("no video")
+    assert predict(tmp_path / "text.mp4", "--prompt", "push", "--model", model) == 2
+    assert "not a video file" in capsys.readouterr().err
+
+
+def test_quiet_shows_no_bar_of_any_library(model, clip, tmp_path, capsys):
+    given = ("--prompt", "push", "--model", model, "-o", tmp_path / "out.png", "--steps", 1)
+    assert predict(clip, *given, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+    assert predict(clip, *given) == 0
+    assert "Loading" in capsys.readouterr().err

@@ -11,9 +11,7 @@ from support_seer import tiny_stable_diffusion
 
 from stvision.io import Clip, write_video
 from stvision.pipelines.seer import SeerPipeline
-from stvision.train import seer
-from stvision.train.cache import CacheConfig, fill
-from stvision.train.data import DataConfig
+from stvision.train import cache, seer
 from stvision.train.encoders import TextConfig, TextEncoder, check_text, text_digest
 
 IMAGE = {
@@ -100,23 +98,33 @@ def test_auto_is_the_packaged_encoder_beside_a_base_without_one(base: Path) -> N
 
 
 def test_the_cache_command_fills_what_a_training_reads(
-    tmp_path: Path, base: Path, clips: Path
+    tmp_path: Path, base: Path, clips: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    data = DataConfig(
-        root=str(clips),
-        num_frames=4,
-        height=8,
-        width=8,
-        workers=0,
-        cache_dir=str(tmp_path / "cache"),
-    )
-    assert fill(CacheConfig(data=data, vae=str(base), device="cpu")) == {
-        "train": 4,
-        "validation": 2,
+    """From the training's own configuration file, with the text encoder of its base."""
+    values = {
+        "output_dir": str(tmp_path / "out"),
+        "base": str(base),
+        "vae": str(base),
+        "cond_frames": 1,
+        "data": {
+            "root": str(clips),
+            "num_frames": 4,
+            "height": 8,
+            "width": 8,
+            "workers": 0,
+            "cache_dir": str(tmp_path / "cache"),
+        },
     }
+    config = tmp_path / "training.yaml"
+    config.write_text(json.dumps(values))  # JSON is YAML
+    assert cache.main(["--config", str(config), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "train: 4 clips\nvalidation: 2 clips\n"
     made = sorted(item.name for item in (tmp_path / "cache").iterdir())
+    assert {name.split("-")[0] for name in made} == {"latents", "text"}
     assert train(tmp_path, base, clips) == 0
     assert sorted(item.name for item in (tmp_path / "cache").iterdir()) == made
+    assert cache.main(["--config", str(config), "--data.cache", "off", "--data.no-resident"]) == 2
+    assert "nothing to compute" in capsys.readouterr().err
 
 
 def test_states_of_another_encoder_are_kept_apart(tmp_path: Path, base: Path) -> None:
