@@ -96,8 +96,8 @@ class FrameMix(nn.Module):
         return out
 
 
-class PositionConv(nn.Module):
-    """``x`` plus a depthwise convolution of it: a position encoding that knows no grid size.
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution of each frame, with one over frames beside it where asked for.
 
     Args:
         dim: channels C.
@@ -107,10 +107,20 @@ class PositionConv(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int = 3, frame_kernel: int = 0) -> None:
         super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
         self.proj = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.time = FrameMix(dim, frame_kernel) if frame_kernel else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (B, T, H, W, C) to the same shape."""
-        out = x + per_frame(self.proj, x)
+        out = per_frame(self.proj, x)
         return out if self.time is None else out + self.time(x)
+
+
+class PositionConv(DepthwiseConv):
+    """``x`` plus a :class:`DepthwiseConv` of it: a position encoding that knows no grid size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform (B, T, H, W, C) to the same shape."""
+        return x + super().forward(x)

@@ -1,0 +1,502 @@
+"""Bi-level routing attention (Zhu et al. 2023, BiFormer, section 3.2), for clips (B, T, H, W, C).
+
+A grid is cut into regions. Each region picks the ``topk`` regions whose mean key answers its mean
+query best, over all channels and for all heads alike, and its tokens attend to all tokens of those.
+An image is the case T = 1; regions of a clip are boxes, of one frame or of many.
+
+The authors' layers differ where regions do not divide the grid. Their first layer pads its input, so
+padding has keys made of the bias, which enter means and attention; their second one pads queries,
+keys and values with zeros, which stay out of means but take part in attention. Here padding is
+masked unless one of the two is asked for.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stvision.layers.vision import DepthwiseConv
+
+#: elements of the largest tensor of scores that the path "blocked" makes at once
+CHUNK_ELEMENTS = 1 << 24
+
+IMPLEMENTATIONS = ("flex", "blocked", "gather")
+
+
+@dataclass(frozen=True)
+class RegionLayout:
+    """Regions of a volume, the last of each axis padded where they do not divide it.
+
+    Args:
+        grid: (T, H, W) of the volume.
+        extent: frames, rows and columns of a region.
+    """
+
+    grid: tuple[int, int, int]
+    extent: tuple[int, int, int]
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Regions along T, H and W."""
+        t, h, w = (-(-n // e) for n, e in zip(self.grid, self.extent, strict=True))
+        return t, h, w
+
+    @property
+    def padding(self) -> tuple[int, int, int]:
+        """Tokens added behind T, H and W."""
+        t, h, w = (-n % e for n, e in zip(self.grid, self.extent, strict=True))
+        return t, h, w
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T, H, W, *rest) to (B, regions, tokens, *rest), padded with zeros."""
+        if any(self.padding):
+            t, h, w = self.padding
+            x = F.pad(x, (0, 0) * (x.ndim - 4) + (0, w, 0, h, 0, t))
+        (nt, nh, nw), (et, eh, ew) = self.counts, self.extent
+        rest = x.shape[4:]
+        x = x.reshape(-1, nt, et, nh, eh, nw, ew, *rest)
+        order = (0, 1, 3, 5, 2, 4, 6, *range(7, x.ndim))
+        return x.permute(order).reshape(-1, nt * nh * nw, et * eh * ew, *rest)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Inverse of :meth:`pack`; what was padded is cut off."""
+        (nt, nh, nw), (et, eh, ew) = self.counts, self.extent
+        rest = x.shape[3:]
+        x = x.reshape(-1, nt, nh, nw, et, eh, ew, *rest)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6, *range(7, x.ndim))
+        x = x.reshape(-1, nt * et, nh * eh, nw * ew, *rest)
+        t, h, w = self.grid
+        return x[:, :t, :h, :w]
+
+    def inside(self, device: torch.device, axes: tuple[bool, bool, bool]) -> Tensor | None:
+        """(regions, tokens) bool, False for what was padded on ``axes``; ``None`` if all are True."""
+        if not any(pad and on for pad, on in zip(self.padding, axes, strict=True)):
+            return None
+        parts = []
+        for n, pad, on in zip(self.grid, self.padding, axes, strict=True):
+            place = torch.arange(n + pad, device=device)
+            parts.append(place < (n if on else n + pad))
+        t, h, w = parts
+        whole = RegionLayout((len(t), len(h), len(w)), self.extent)
+        return whole.pack((t[:, None, None] & h[:, None] & w)[None, ..., None])[0, ..., 0]
+
+
+def route_regions(query: Tensor, key: Tensor, topk: int, inside: Tensor | None = None) -> Tensor:
+    """The regions that each region attends to.
+
+    Args:
+        query: (B, regions, tokens, ...) packed queries, all heads.
+        key: like ``query``.
+        topk: regions to pick.
+        inside: (regions, tokens) bool, what the means take; ``None`` for all.
+
+    Returns:
+        (B, regions, topk) int64, best first; of equal ones the first comes first. No gradient
+        flows through it. Means and affinities are computed in at least float32.
+    """
+
+    def mean(x: Tensor) -> Tensor:
+        x = x.detach().flatten(3).to(torch.promote_types(x.dtype, torch.float32))
+        if inside is None:
+            return x.mean(2)
+        weight = inside.to(x.dtype) / inside.sum(1, keepdim=True)
+        return torch.einsum("brnc,rn->brc", x, weight)
+
+    with torch.autocast(query.device.type, enabled=False):
+        affinity = mean(query) @ mean(key).mT
+    return affinity.sort(dim=-1, descending=True, stable=True)[1][..., :topk]
+
+
+def _gather(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, inside: Tensor | None, scale: float
+) -> Tensor:
+    """The definition: each region with its own copies of the keys and values it attends to."""
+    batch = torch.arange(len(index), device=index.device)[:, None, None]
+    keys, values = key[batch, index], value[batch, index]  # (B, R, k, n, heads, head_dim)
+    keys, values = keys.flatten(2, 3), values.flatten(2, 3)
+    scores = torch.einsum("brnhd,brmhd->brhnm", query * scale, keys)
+    if inside is not None:
+        seen = inside[index].flatten(2)  # (B, R, k n)
+        scores = scores.masked_fill(~seen[:, :, None, None], -torch.inf)
+    return torch.einsum("brhnm,brmhd->brnhd", scores.softmax(-1), values)
+
+
+def _chunks(regions: int, heads: int, tokens: int) -> list[slice]:
+    size = max(1, CHUNK_ELEMENTS // (heads * tokens * tokens))
+    return [slice(i, i + size) for i in range(0, regions, size)]
+
+
+def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, R, n, heads, d) to (B R, heads, n, d)."""
+    return x.flatten(0, 1).transpose(1, 2).to(dtype)
+
+
+def _flat_index(index: Tensor) -> Tensor:
+    """Regions of each sample to regions of the batch: (B, R, k) to (B R, k)."""
+    regions = index.shape[1]
+    first = torch.arange(len(index), device=index.device)[:, None, None] * regions
+    return (index + first).flatten(0, 1)
+
+
+def _scores(query: Tensor, key: Tensor, at: Tensor, inside: Tensor | None, scale: float) -> Tensor:
+    scores = query @ key[at].mT * scale
+    if inside is None:
+        return scores
+    return scores.masked_fill(~inside[at % len(inside)][:, None, None], -torch.inf)
+
+
+# One region after the other of those that are attended to, with a running maximum and sum: one copy
+# of keys and values is alive at a time, and the backward computes the weights anew. Opaque to the
+# compiler, which would unroll the loops.
+@torch.library.custom_op("stvision::routed_attention", mutates_args=())
+def _blocked_op(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, inside: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    q, k, v = (_flat(x, wide) for x in (query, key, value))
+    places = _flat_index(index)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:-1])
+    for part in _chunks(len(q), q.shape[1], q.shape[2]):
+        top = q.new_full(q[part].shape[:-1], -torch.inf)
+        total, mixed = torch.zeros_like(top), torch.zeros_like(q[part])
+        for at in places[part].unbind(1):
+            scores = _scores(q[part], k, at, inside, scale)
+            # every region has a token inside, so the maximum is finite
+            higher = torch.maximum(top, scores.amax(-1))
+            weights = (scores - higher[..., None]).exp()
+            fade = (top - higher).exp()
+            total = total * fade + weights.sum(-1)
+            mixed = mixed * fade[..., None] + weights @ v[at]
+            top = higher
+        out[part] = mixed / total[..., None]
+        lse[part] = top + total.log()
+    out = out.transpose(1, 2).unflatten(0, index.shape[:2]).to(query.dtype)
+    return out.contiguous(), lse
+
+
+@_blocked_op.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, inside: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    b, r, n, h, _ = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty(b * r, h, n, dtype=wide)
+
+
+@torch.library.custom_op("stvision::routed_attention_backward", mutates_args=())
+def _blocked_backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    inside: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = lse.dtype
+    g, q, k, v, o = (_flat(x, wide) for x in (grad, query, key, value, out))
+    places = _flat_index(index)
+    shift = (g * o).sum(-1, keepdim=True)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for part in _chunks(len(q), q.shape[1], q.shape[2]):
+        for at in places[part].unbind(1):
+            weights = (_scores(q[part], k, at, inside, scale) - lse[part][..., None]).exp()
+            dv.index_add_(0, at, weights.mT @ g[part])
+            slope = weights * (g[part] @ v[at].mT - shift[part]) * scale
+            dq[part] += slope @ k[at]
+            dk.index_add_(0, at, slope.mT @ q[part])
+
+    def packed(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).unflatten(0, index.shape[:2]).to(query.dtype).contiguous()
+
+    return packed(dq), packed(dk), packed(dv)
+
+
+@_blocked_backward_op.register_fake
+def _(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    inside: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        query.new_empty(query.shape),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, index, inside, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, index, inside, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    query, key, value, index, inside, out, lse = ctx.saved_tensors
+    grads = _blocked_backward_op(
+        grad.contiguous(), query, key, value, index, inside, out, lse, ctx.scale
+    )
+    return *grads, None, None, None
+
+
+_blocked_op.register_autograd(_backward, setup_context=_setup)
+
+
+def _block_size(tokens: int) -> int:
+    """Tokens of a block of FlexAttention: one that regions fill, where there is one."""
+    return next((size for size in (128, 64) if tokens % size == 0), 128)
+
+
+def routing_block_mask(index: Tensor, tokens: int, inside: Tensor | None) -> Any:
+    """The FlexAttention block mask of a routing, for tokens in the order of regions.
+
+    Args:
+        index: (B, regions, k) from :func:`route_regions`.
+        tokens: tokens of a region.
+        inside: (regions, tokens) bool, keys that may be seen; ``None`` for all.
+
+    Returns:
+        A ``BlockMask`` of (B, 1, regions * tokens, regions * tokens).
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    batch, regions, _ = index.shape
+    length, block = regions * tokens, _block_size(tokens)
+    blocks = -(-length // block)
+    allowed = index.new_zeros(batch, regions, regions, dtype=torch.bool)
+    allowed = allowed.scatter(2, index, True)
+
+    place = torch.arange(blocks * block, device=index.device)
+    region = (place // tokens).clamp_max(regions - 1).view(blocks, block)
+    member = index.new_zeros(blocks, regions, dtype=torch.float32).scatter(1, region, 1.0)
+    # a block is wholly visible when each of its pairs of regions is and all its tokens exist
+    some = member @ allowed.float() @ member.T > 0
+    lacking = member @ (~allowed).float() @ member.T > 0
+    exists = place < length
+    real = exists if inside is None else exists & F.pad(inside.flatten(), (0, len(place) - length))
+    every = some & ~lacking & real.view(blocks, block).all(1)
+    every = every & exists.view(blocks, block).all(1)[:, None]
+
+    def ragged(which: Tensor) -> tuple[Tensor, Tensor]:
+        order = which.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return which.sum(-1).to(torch.int32)[:, None], order.to(torch.int32)[:, None].contiguous()
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = allowed[b, q // tokens, k // tokens]
+        return seen if inside is None else seen & inside[k // tokens, k % tokens]
+
+    return BlockMask.from_kv_blocks(
+        *ragged(some & ~every),
+        *ragged(every),
+        BLOCK_SIZE=block,
+        mask_mod=visible,
+        seq_lengths=(length, length),
+    )
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, inside: Tensor | None, scale: float
+) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    tokens = query.shape[2]
+    mask = routing_block_mask(index, tokens, inside)
+    eager = query.device.type == "cpu" or torch.compiler.is_compiling()
+    run: Any = flex_attention if eager else _compiled_flex()
+    q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+    out = run(q, k, v, block_mask=mask, scale=scale)
+    return cast(Tensor, out).transpose(1, 2).unflatten(1, query.shape[1:3])
+
+
+def _why_not_flex(query: Tensor, needs_grad: bool) -> str | None:
+    size = query.shape[-1]
+    if query.device.type == "cpu":
+        return "FlexAttention has no backward on the CPU" if needs_grad else None
+    if query.device.type != "cuda":
+        return f"FlexAttention needs a GPU, the tensors are on {query.device}"
+    if query.dtype == torch.float64:
+        return "FlexAttention has no float64 on a GPU"
+    if size < 16 or size & (size - 1):
+        return f"FlexAttention needs a head_dim of a power of two of at least 16, got {size}"
+    return None
+
+
+def bilevel_routing_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    region: tuple[int, int, int],
+    topk: int,
+    scale: float | None = None,
+    padding: str = "masked",
+    implementation: str | None = None,
+) -> Tensor:
+    """Attend from each region to the tokens of the ``topk`` regions that it picks.
+
+    Args:
+        query: (B, T, H, W, heads, head_dim), any floating dtype.
+        key: like ``query``.
+        value: like ``query``.
+        region: frames, rows and columns of a region; the last ones of an axis may be smaller.
+        topk: regions that each region attends to, 1 to their number.
+        scale: factor on the scores of tokens, ``(heads * head_dim) ** -0.5`` if ``None`` as in the
+            released weights. The choice of regions does not depend on it.
+        padding: of what fills up smaller regions. ``"masked"`` hides it; ``"zeros"`` lets zero
+            keys behind H and W take part, as in the authors' second layer (behind T never).
+        implementation: ``"flex"`` (FlexAttention with a block mask; compiled on a GPU, without
+            gradients on the CPU), ``"blocked"`` (any device: one copy of keys and values at a
+            time), or ``"gather"`` (the definition, ``topk`` copies). ``None`` takes the first
+            that fits, of the first two, and ``"blocked"`` on the CPU.
+
+    Returns:
+        (B, T, H, W, heads, head_dim) in the dtype of ``query``. Gradients flow to queries, keys
+        and values, none through the choice of regions.
+
+    Raises:
+        ValueError: shapes differ, a region or ``topk`` does not fit the grid, or an implementation
+            that is unknown or does not fit. A named implementation is never swapped for another.
+    """
+    if query.ndim != 6 or not query.shape == key.shape == value.shape:
+        raise ValueError(
+            "query, key and value must be (B, T, H, W, heads, head_dim) of one shape, got "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    grid = cast(tuple[int, int, int], tuple(query.shape[1:4]))
+    if len(region) != 3 or min(region) < 1:
+        raise ValueError(f"region must be frames, rows and columns of at least 1, got {region}")
+    layout = RegionLayout(grid, cast(tuple[int, int, int], tuple(map(min, region, grid))))
+    count = math.prod(layout.counts)
+    if not 1 <= topk <= count:
+        raise ValueError(f"topk must lie between 1 and the {count} regions there are, got {topk}")
+    if padding not in {"masked", "zeros"}:
+        raise ValueError(f"padding must be 'masked' or 'zeros', got {padding!r}")
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if implementation is None:
+        fits = query.device.type == "cuda" and _why_not_flex(query, needs_grad) is None
+        implementation = "flex" if fits else "blocked"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
+            f"got {implementation!r}"
+        )
+    if implementation == "flex":
+        why = _why_not_flex(query, needs_grad)
+        if why is not None:
+            raise ValueError(f"implementation 'flex' cannot run this: {why}")
+    scale = math.prod(query.shape[-2:]) ** -0.5 if scale is None else scale
+
+    q, k, v = (layout.pack(x) for x in (query, key, value))
+    index = route_regions(q, k, topk, layout.inside(query.device, (True, True, True)))
+    spatial = padding == "masked"
+    inside = layout.inside(query.device, (True, spatial, spatial))
+    if implementation == "gather":
+        out = _gather(q, k, v, index, inside, scale)
+    elif implementation == "blocked":
+        out = _blocked_op(q, k, v, index, inside, scale)[0]
+    else:
+        out = _flex(q, k, v, index, inside, scale)
+    return layout.unpack(out)
+
+
+class BiLevelRoutingAttention(nn.Module):
+    """Multi-head self-attention between regions that pick each other: (B, T, H, W, C) to the same.
+
+    Args:
+        dim: channels C.
+        num_heads: heads; must divide ``dim``.
+        n_win: regions along H and along W. Where they do not divide the grid there may be more,
+            smaller ones at the end, as ``flavour`` says.
+        topk: regions that each region attends to; all of them where there are fewer.
+        region_frames: frames of a region; ``None`` for all frames of a clip.
+        flavour: what happens where ``n_win`` does not divide H or W. ``"nchw"``, the authors'
+            second layer: regions of floor(H / n_win) rows, zero keys behind the grid.
+            ``"legacy"``, their first: the input is padded to a multiple of ``n_win``, and its
+            padding takes part as any token. ``"masked"``: as ``"nchw"`` without the zero keys.
+        lepe_kernel: rows and columns of the depthwise convolution of the values that is added
+            (locally enhanced position encoding), odd; 0 for none.
+        frame_kernel: frames of a convolution over time beside it, 0 for none.
+        implementation: see :func:`bilevel_routing_attention`.
+
+    Raises:
+        ValueError: heads that do not divide the channels, or another argument out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        n_win: int = 7,
+        topk: int = 4,
+        *,
+        region_frames: int | None = None,
+        flavour: str = "nchw",
+        lepe_kernel: int = 5,
+        frame_kernel: int = 0,
+        implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim {dim}, got {num_heads}")
+        if min(n_win, topk) < 1:
+            raise ValueError(f"n_win and topk must be at least 1, got {n_win} and {topk}")
+        if region_frames is not None and region_frames < 1:
+            raise ValueError(f"region_frames must be None (all) or at least 1, got {region_frames}")
+        if flavour not in {"nchw", "legacy", "masked"}:
+            raise ValueError(f"flavour must be 'nchw', 'legacy' or 'masked', got {flavour!r}")
+        self.dim, self.num_heads, self.n_win, self.topk = dim, num_heads, n_win, topk
+        self.region_frames, self.flavour = region_frames, flavour
+        self.implementation = implementation
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.lepe = DepthwiseConv(dim, lepe_kernel, frame_kernel) if lepe_kernel else None
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, H, W, C) to the same shape; ValueError for another shape."""
+        if x.ndim != 5 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must be (B, T, H, W, {self.dim}), got {tuple(x.shape)}")
+        frames, height, width = x.shape[1:4]
+        if self.flavour == "legacy":
+            x = F.pad(x, (0, 0, 0, -width % self.n_win, 0, -height % self.n_win))
+        rows, columns = (max(1, n // self.n_win) for n in x.shape[2:4])
+        region = (self.region_frames or frames, rows, columns)
+        grid = cast(tuple[int, int, int], tuple(x.shape[1:4]))
+        extent = cast(tuple[int, int, int], tuple(map(min, region, grid)))
+        count = math.prod(RegionLayout(grid, extent).counts)
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        heads = (self.num_heads, self.dim // self.num_heads)
+        out = bilevel_routing_attention(
+            *(y.unflatten(-1, heads) for y in (query, key, value)),
+            region=region,
+            topk=min(self.topk, count),
+            padding="zeros" if self.flavour == "nchw" else "masked",
+            implementation=self.implementation,
+        ).flatten(-2)
+        if self.lepe is not None:
+            out = out + self.lepe(value)
+        return self.proj(out[:, :, :height, :width])
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, n_win={self.n_win}, topk={self.topk}, "
+            f"region_frames={self.region_frames}, flavour={self.flavour!r}"
+        )
