@@ -105,11 +105,12 @@ def test_each_video_of_a_batch_has_its_own_gain(pipes, name):
 @pytest.mark.parametrize("name", ["AnimateDiffPipeline", "TextToVideoSDPipeline"])
 def test_half_precision(name, dtype):
     pipe = tiny_video_pipeline(name)
+    latents = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     with BroadWay().applied_to(pipe):
-        expected = call(pipe, num_inference_steps=2)
+        expected = call(pipe, num_inference_steps=2, latents=latents)
     pipe.to(dtype)
     with BroadWay().applied_to(pipe) as run:
-        out = call(pipe, num_inference_steps=2)
+        out = call(pipe, num_inference_steps=2, latents=latents.to(dtype))
     assert {record.before.dtype for record in run.records} == {torch.float32}
     error = (out.float() - expected).norm() / expected.norm()
     assert error < (0.01 if dtype == torch.float16 else 0.08), error
