@@ -34,8 +34,9 @@ from typing import Any
 
 import numpy as np
 
-# "stvision-1" is ours with one decoding thread: fewer CPU seconds, more wall time.
-READERS = ("decord", "stvision", "stvision-1", "pyav", "torchcodec")
+# "stvision-1" is ours with one decoding thread: fewer CPU seconds, more wall time. "decoding" is what
+# no reader over this FFmpeg can do without: its decoder with one thread, pictures thrown away.
+READERS = ("decord", "stvision", "stvision-1", "pyav", "torchcodec", "decoding")
 GRAIN = 18  # levels of noise; chosen so that 720p comes to 4 to 6 Mbit/s, which is printed
 JOBS = ("random", "full", "single", "clips")
 CLIPS = 200
@@ -88,6 +89,15 @@ def read_stvision(
 
 def read_stvision_1(path: str, indices: list[int] | None, batch: int) -> int:
     return read_stvision(path, indices, batch, threads=1)
+
+
+def read_decoding(path: str, indices: list[int] | None, batch: int) -> int:
+    import av
+
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        return sum(1 for _ in container.decode(stream))
 
 
 def read_decord(path: str, indices: list[int] | None, batch: int) -> int:
@@ -175,7 +185,12 @@ def clips(name: str, folder: str) -> int:
 
 def import_reader(name: str) -> None:
     name = name.removesuffix("-1")
-    modules = {"stvision": "stvision.io", "pyav": "av", "torchcodec": "torchcodec.decoders"}
+    modules = {
+        "stvision": "stvision.io",
+        "pyav": "av",
+        "decoding": "av",
+        "torchcodec": "torchcodec.decoders",
+    }
     importlib.import_module(modules.get(name, name))
     if name == "stvision":  # what open_video would import
         importlib.import_module("stvision.io.backends.pyav")
@@ -203,6 +218,13 @@ def worker(name: str, job: str, path: str, warm: str, count: int) -> dict[str, f
     return {"cpu": cpu, "wall": wall, "peak": peak, "above": peak - imported}
 
 
+def has_job(name: str, job: str) -> bool:
+    """Whether a reader differs from the others in a job, or does it at all."""
+    if name == "stvision-1":
+        return job != "clips"
+    return name != "decoding" or job == "full"
+
+
 def forget_peak() -> None:
     """Let Linux measure the peak from here on: imports may have needed more than they kept."""
     with contextlib.suppress(OSError):
@@ -225,13 +247,13 @@ def resident_mib(key: str) -> float:
 def measure(
     jobs: Sequence[str], path: Path, warm: Path, length: int, count: int, repeats: int
 ) -> dict[str, dict[str, float]]:
-    usable = ["stvision", "stvision-1", "pyav"]
+    usable = ["stvision", "stvision-1", "pyav", "decoding"]
     usable += [name for name in ("decord", "torchcodec") if importlib.util.find_spec(name)]
     environment = os.environ | {"STVISION_BENCH_LENGTH": str(length)}
     runs: dict[tuple[str, str], list[dict[str, float]]] = {}
     for _ in range(repeats):  # interleaved, so that a busy minute hits all alike
         for job in jobs:
-            for name in (n for n in READERS if n in usable and (job, n) != ("clips", "stvision-1")):
+            for name in (n for n in READERS if n in usable and has_job(n, job)):
                 command = [sys.executable, __file__, "--worker", name, job, str(path), str(warm)]
                 done = subprocess.run(
                     [*command, "--random", str(count)],

@@ -1,6 +1,8 @@
 """Reference frames of a video pipeline: whatever the user has, as clips of one length."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stvision.io import Clip, as_clip, open_video
+from stvision.io import Clip, VideoReader, as_clip, open_video
 from stvision.io.images import is_image_source
 
 #: Files that hold one picture: a list of them is one clip, a list of others one clip each.
@@ -26,7 +28,7 @@ def as_reference_clips(
     """The first frames of every source, as clips of equal length that keep their source's rate.
 
     Args:
-        frames: what ``stvision.io.as_clip`` takes; a list of clips, videos or arrays of frames,
+        frames: what :func:`source_clip` takes; a list of clips, videos or arrays of frames,
             or a five-dimensional array, holds one source a video. A list of image files is one
             clip.
         image: one image (path, PIL, array) or a list with one a video; used when ``frames`` is
@@ -94,7 +96,8 @@ def source_clip(
     """The first ``count`` frames of a source, fewer when it ends; no others of a video are decoded.
 
     Args:
-        source: what ``stvision.io.as_clip`` takes.
+        source: what ``stvision.io.as_clip`` takes, an open ``VideoReader``, or an iterator of
+            frames, of which no more are taken than are used.
         count: frames wanted.
         fps: rate at which they are taken when the source has times; every frame when None.
         start: seconds after the source's beginning.
@@ -106,10 +109,20 @@ def source_clip(
     Raises:
         ValueError: ``start`` is past the end, or ``fps`` is so high that frames would repeat.
     """
-    if _is_video(source):
+    if isinstance(source, VideoReader):
+        rate = source.fps
+        clip = source.get(_frame_numbers(source.times, rate, count, fps, start))
+    elif _is_video(source):
         with open_video(source) as reader:
             rate = reader.fps
             clip = reader.get(_frame_numbers(reader.times, rate, count, fps, start))
+    elif isinstance(source, Iterator):
+        rate = fps or untimed_fps
+        skipped = int(start * rate + 1e-6)
+        taken = list(islice(source, skipped, skipped + count))
+        if not taken:
+            raise ValueError(f"the iterator of frames ends before second {start:g}")
+        clip = as_clip(taken, fps=rate)
     else:
         timed = isinstance(source, Clip) or Path(str(source)).suffix.lower() == ".gif"
         clip = as_clip(source) if timed else as_clip(source, fps=fps or untimed_fps)

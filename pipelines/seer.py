@@ -226,7 +226,8 @@ class SeerPipeline(VideoPipeline):
                 all prompts; otherwise there are as many of one as of the other. A list of P
                 prompts gives P * ``num_videos_per_prompt`` videos, those of one prompt in a row.
             frames: reference clip: whatever ``stvision.io.as_clip`` takes (path, clip, array
-                or tensor of frames, list of images). A list of clips or paths, or a
+                or tensor of frames, list of images), an open ``VideoReader``, or an iterator
+                of frames, of which no more are taken than used. A list of clips or paths, or a
                 five-dimensional array, gives one a video; all have equally many frames, or at
                 least ``num_reference_frames``. The first ``num_reference_frames``
                 frames are used; to continue the end of a clip, give its last frames.

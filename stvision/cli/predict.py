@@ -6,20 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from stvision.cli.devices import choose_device
 from stvision.cli.options import says_its_defaults
-
-#: How a file name ends -> what is written.
-SUFFIXES = {
-    ".mp4": "H.264 video",
-    ".gif": "animated picture",
-    ".png": "strip: all frames side by side",
-    ".jpg": "strip: all frames side by side",
-}
+from stvision.cli.outputs import check_output, opened_output
 
 
 @says_its_defaults
@@ -34,7 +27,8 @@ class Command:
     """What shall happen, such as "open the drawer"."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("prediction.mp4")
-    """File to write; its ending chooses the kind: .mp4, .gif, or .png/.jpg for a strip."""
+    """File to write; its ending chooses the kind: .mp4, .gif, .png/.jpg for a strip, or none for a
+    folder of PNG frames."""
 
     model: str = "default"
     """"default" for the model that ships, a pipeline folder, or a hub name "owner/name"."""
@@ -106,9 +100,7 @@ class Command:
 
 def run(command: Command) -> int:
     """Check, load, predict, write, and say what was written."""
-    if command.output.suffix.lower() not in SUFFIXES:
-        kinds = ", ".join(f"{suffix} ({kind})" for suffix, kind in SUFFIXES.items())
-        raise ValueError(f"--output must end in one of {kinds}; got {str(command.output)!r}")
+    check_output(command.output)
     if not command.source.exists():
         raise FileNotFoundError(f"no clip or image at {str(command.source)!r}")
     if command.start < 0:
@@ -135,6 +127,7 @@ def run(command: Command) -> int:
         raise ValueError(f"--fps must be above 0, got {command.fps}")
 
     import torch
+    from tqdm import tqdm
 
     device = choose_device(command.device)
     if command.fast and device.type != "cuda":
@@ -180,7 +173,7 @@ def run(command: Command) -> int:
     wanted = command.num_reference_frames or pipeline.config.num_reference_frames
     references = source_clip(command.source, wanted, fps=fps, start=command.start)
     height, width = command.size or (None, None)
-    result = pipeline(
+    chunks = pipeline.stream(
         command.prompt,
         references,
         negative_prompt=command.negative_prompt,
@@ -194,8 +187,24 @@ def run(command: Command) -> int:
         generator=command.seed,
         output_type="pt",
     )
-    clip = result.clips()[0]
-    write_result(clip, command.output)
+    # Finished frames leave at once: a video of any length needs the memory of one window.
+    total = command.num_frames or pipeline.config.num_frames
+    result: dict[str, Any] = {}
+    stopped = False
+    hidden = command.quiet or command.json or total <= pipeline.config.num_frames
+    with (
+        opened_output(command.output) as write,
+        tqdm(total=total, unit="frame", disable=hidden) as bar,
+    ):
+        try:
+            for chunk in chunks:
+                write(chunk.clips()[0])
+                result = _added(result, chunk.to_dict())
+                bar.update(chunk.frames.shape[1])
+        except KeyboardInterrupt:
+            if not result:
+                raise
+            stopped = result["interrupted"] = True
     seconds = {"load": loaded - began, "predict": time.perf_counter() - loaded}
     if command.json:
         report = {
@@ -208,16 +217,27 @@ def run(command: Command) -> int:
             "broadway": None if guidance is None else asdict(guidance),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "memory_plan": None if plan is None else plan.to_dict(),
-            **result.to_dict(),
+            **result,
         }
         print(json_module.dumps(report))
     else:
-        count, height, width = clip.frames.shape[:3]
+        count, _, height, width = result["shape"][1:]
         print(
-            f"wrote {command.output}: {count} frames of {height} x {width} pixels at "
-            f"{fps:g} frames per second, predicted in {seconds['predict']:.1f} s on {device}"
+            f"{'interrupted; ' if stopped else ''}wrote {command.output}: {count} frames of "
+            f"{height} x {width} pixels at {fps:g} frames per second, predicted in "
+            f"{seconds['predict']:.1f} s on {device}"
         )
-    return 0
+    return 130 if stopped else 0
+
+
+def _added(whole: dict[str, Any], chunk: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a video after one more chunk of its frames."""
+    if not whole:
+        return chunk
+    times = [
+        [*first, *second] for first, second in zip(whole["times"], chunk["times"], strict=True)
+    ]
+    return {**chunk, "times": times, "shape": [1, len(times[0]), *chunk["shape"][2:]]}
 
 
 @contextmanager
@@ -238,14 +258,3 @@ def progress_bars(shown: bool) -> Iterator[None]:
     finally:
         for library in libraries:
             library.enable_progress_bar()
-
-
-def write_result(clip, output: Path) -> None:
-    """Write a clip as its file name asks; the folder is made."""
-    from stvision.io import save_clip, write_strip
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix.lower() in (".png", ".jpg"):
-        write_strip([clip], output)
-    else:
-        save_clip(clip, output)

@@ -80,7 +80,7 @@ def write_gif(
 
 
 def write_frames(
-    clip: Any, folder: str | os.PathLike[str], *, pattern: str = "{:06d}.png"
+    clip: Any, folder: str | os.PathLike[str], *, pattern: str = "{:06d}.png", first: int = 0
 ) -> list[Path]:
     """Write every frame as an image of its own, without loss as .png.
 
@@ -90,6 +90,7 @@ def write_frames(
         clip: anything that ``as_clip`` takes.
         folder: is made if need be.
         pattern: name of frame 0, 1, ...; the suffix chooses the format.
+        first: number of the clip's first frame.
 
     Returns:
         The paths in order.
@@ -107,7 +108,7 @@ def write_frames(
     try:
         names = []
         for number in range(len(held)):
-            names.append(pattern.format(number))
+            names.append(pattern.format(first + number))
             held[number].to_pil()[0].save(work / names[-1])
         if target.is_dir():
             for name in names:

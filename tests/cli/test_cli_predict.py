@@ -12,7 +12,7 @@ from PIL import Image
 from support_seer import tiny_seer_pipeline
 
 from stvision.cli.main import main
-from stvision.io import Clip, read_clip, save_clip
+from stvision.io import Clip, VideoWriter, read_clip, save_clip
 from stvision.pipelines.seer import SeerPipeline
 
 
@@ -277,3 +277,46 @@ def test_quiet_shows_no_bar_of_any_library(model, clip, tmp_path, capsys):
     assert capsys.readouterr().err == ""
     assert predict(clip, *given) == 0
     assert "Loading" in capsys.readouterr().err
+
+
+def test_a_long_video_is_written_window_by_window(model, clip, tmp_path, monkeypatch, capsys):
+    """The frames are those of the pipeline, and none waits for the end of the prediction."""
+    events = []
+    write = VideoWriter.write
+    monkeypatch.setattr(
+        VideoWriter, "write", lambda *args: (events.append(len(args[1])), write(*args))
+    )
+    given = ("--prompt", "push", "--model", model, "--steps", 1, "--num-frames", 12)
+    assert predict(clip, *given, "-o", tmp_path / "long.mp4") == 0
+    assert events == [5, 3, 3, 1] and len(read_clip(tmp_path / "long.mp4")) == 12
+    assert "12 frames of 16 x 16" in capsys.readouterr().out
+    assert predict(clip, *given, "-o", tmp_path / "frames", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["shape"] == [1, 12, 3, 16, 16] and len(report["times"][0]) == 12
+    pictures = sorted((tmp_path / "frames").iterdir())
+    assert [item.name for item in pictures] == [f"{number:06d}.png" for number in range(12)]
+    pipe = SeerPipeline.from_pretrained(model)
+    whole = pipe("push", clip, num_frames=12, num_inference_steps=1, fps=4.0, generator=0)
+    for picture, expected in zip(pictures, whole.frames[0], strict=True):
+        np.testing.assert_allclose(
+            np.asarray(Image.open(picture), int), np.asarray(expected, int), atol=1
+        )
+    assert predict(clip, *given, "-o", tmp_path / "frames") == 2
+    assert "is a folder that is not empty" in capsys.readouterr().err
+
+
+def test_an_interrupted_prediction_keeps_its_finished_frames(
+    model, clip, tmp_path, monkeypatch, capsys
+):
+    stream = SeerPipeline.stream
+
+    def stopped(self, *args, **options):
+        chunks = stream(self, *args, **options)
+        yield next(chunks)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SeerPipeline, "stream", stopped)
+    given = ("--prompt", "push", "--model", model, "--steps", 1, "--num-frames", 12)
+    assert predict(clip, *given, "-o", tmp_path / "out.mp4") == 130
+    assert len(read_clip(tmp_path / "out.mp4")) == 5
+    assert "interrupted; wrote" in capsys.readouterr().out

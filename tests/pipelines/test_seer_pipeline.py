@@ -1,6 +1,8 @@
 """SeerPipeline: the shared contract, and what is Seer's own."""
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 from pipeline_contract import PipelineContract
 from support_seer import tiny_seer_components, tiny_seer_pipeline
 
-from stvision.io import Clip
+from stvision.io import Clip, open_video, save_clip
 from stvision.models.sampling import NonFiniteLatentsError, make_scheduler, randn_per_sample
 from stvision.models.text import packaged_minilm_folder
 from stvision.pipelines.budget import parse_bytes
@@ -94,6 +96,30 @@ def test_only_the_first_frames_are_references(pipe):
     assert not torch.allclose(one.frames, predict(pipe, frames=long).frames, atol=1e-3)
     with pytest.raises(ValueError, match="num_reference_frames is 3, but .* only 2 frames"):
         predict(pipe, num_reference_frames=3)
+
+
+def test_iterators_and_open_readers_give_no_more_than_is_used(pipe, tmp_path):
+    whole = clips(1, frames=4)[0]
+    expected = predict(pipe, frames=whole).frames
+    given = iter(whole.frames)
+    assert torch.equal(predict(pipe, frames=given).frames, expected)
+    assert torch.equal(next(given), whole.frames[2])  # two references were taken
+    save_clip(whole, tmp_path / "clip.mp4")
+    with open_video(tmp_path / "clip.mp4") as reader:
+        from_reader = predict(pipe, frames=reader).frames
+    assert torch.equal(from_reader, predict(pipe, frames=tmp_path / "clip.mp4").frames)
+    with pytest.raises(ValueError, match="the iterator of frames ends before second 0"):
+        predict(pipe, frames=iter([]))
+
+
+def test_a_stream_keeps_no_finished_frames(pipe):
+    kept = []
+    for chunk in pipe.stream("open the drawer", clips(1)[0], num_frames=30, generator=0):
+        kept.append(weakref.ref(chunk))
+        del chunk
+        gc.collect()
+        assert [ref() is not None for ref in kept[:-1]] == [False] * (len(kept) - 1)
+    assert len(kept) == 10
 
 
 def test_longer_clips_may_differ_in_length(pipe):
