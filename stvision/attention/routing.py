@@ -149,11 +149,7 @@ def _scores(query: Tensor, key: Tensor, at: Tensor, inside: Tensor | None, scale
     return scores.masked_fill(~inside[at % len(inside)][:, None, None], -torch.inf)
 
 
-# One region after the other of those that are attended to, with a running maximum and sum: one copy
-# of keys and values is alive at a time, and the backward computes the weights anew. Opaque to the
-# compiler, which would unroll the loops.
-@torch.library.custom_op("stvision::routed_attention", mutates_args=())
-def _blocked_op(
+def _blocked_forward(
     query: Tensor, key: Tensor, value: Tensor, index: Tensor, inside: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -179,6 +175,17 @@ def _blocked_op(
     return out.contiguous(), lse
 
 
+# One region after the other of those that are attended to, with a running maximum and sum: one copy
+# of keys and values is alive at a time, and the backward computes the weights anew. Opaque to the
+# compiler, which would unroll the loops.
+@torch.library.custom_op("stvision::routed_attention", mutates_args=())
+def _blocked_op(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, inside: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(query.device.type, enabled=False):
+        return _blocked_forward(query, key, value, index, inside, scale)
+
+
 @_blocked_op.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, index: Tensor, inside: Tensor | None, scale: float
@@ -188,8 +195,7 @@ def _(
     return query.new_empty(query.shape), query.new_empty(b * r, h, n, dtype=wide)
 
 
-@torch.library.custom_op("stvision::routed_attention_backward", mutates_args=())
-def _blocked_backward_op(
+def _blocked_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -217,6 +223,22 @@ def _blocked_backward_op(
         return x.transpose(1, 2).unflatten(0, index.shape[:2]).to(query.dtype).contiguous()
 
     return packed(dq), packed(dk), packed(dv)
+
+
+@torch.library.custom_op("stvision::routed_attention_backward", mutates_args=())
+def _blocked_backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    inside: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(query.device.type, enabled=False):
+        return _blocked_backward(grad, query, key, value, index, inside, out, lse, scale)
 
 
 @_blocked_backward_op.register_fake

@@ -19,6 +19,16 @@ def per_frame(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return out.unflatten(0, (batch, frames))
 
 
+class PatchConv(nn.Conv2d):
+    """Strided convolution that first zero-pads right and below to multiples of its stride."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C', H', W')."""
+        height, width = input.shape[-2:]
+        rows, columns = self.stride
+        return super().forward(F.pad(input, (0, -width % columns, 0, -height % rows)))
+
+
 class DropPath(nn.Module):
     """Drop a residual branch for a whole sample in training (Huang et al. 2016, Stochastic Depth).
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from stvision.models.biformer import BIFORMER_MODELS
 from stvision.models.davit import DAVIT_MODELS
 from stvision.models.nat import NAT_MODELS
 
@@ -30,6 +31,7 @@ def _nat(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **{name: _nat(build) for name, build in NAT_MODELS.items()},
     **DAVIT_MODELS,
+    **BIFORMER_MODELS,
 }
 
 

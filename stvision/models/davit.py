@@ -14,11 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvision.attention.dual import ChannelGroupAttention, SpatialWindowAttention
-from stvision.layers.vision import DropPath, Mlp, PositionConv, drop_path_rates, per_frame
+from stvision.layers.vision import (
+    DropPath,
+    Mlp,
+    PatchConv,
+    PositionConv,
+    drop_path_rates,
+    per_frame,
+)
 from stvision.models.surface import Backbone, Head, Stage
 from stvision.models.weights import load_backbone, read_weights, unwrap
 
@@ -26,22 +32,16 @@ from stvision.models.weights import load_backbone, read_weights, unwrap
 FRESH = (".time.weight",)
 
 
-def _pad(x: Tensor, stride: int) -> Tensor:
-    """Zero-pad (N, C, H, W) right and below to multiples of ``stride``."""
-    height, width = x.shape[-2:]
-    return F.pad(x, (0, -width % stride, 0, -height % stride))
-
-
 class _Stem(nn.Module):
     """7 x 7 convolution of stride 4, then LayerNorm."""
 
     def __init__(self, in_chans: int, dim: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_chans, dim, 7, stride=4, padding=3)
+        self.conv = PatchConv(in_chans, dim, 7, stride=4, padding=3)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(per_frame(lambda y: self.conv(_pad(y, 4)), x)))
+        return cast(Tensor, self.norm(per_frame(self.conv, x)))
 
 
 class _Downsample(nn.Module):
@@ -50,12 +50,14 @@ class _Downsample(nn.Module):
     def __init__(self, dim: int, out_dim: int, overlap: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.multiple = 1 if overlap else 2
-        size = (3, 1) if overlap else (2, 0)
-        self.conv = nn.Conv2d(dim, out_dim, size[0], stride=2, padding=size[1])
+        self.conv: nn.Conv2d
+        if overlap:
+            self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
+        else:
+            self.conv = PatchConv(dim, out_dim, 2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return per_frame(lambda y: self.conv(_pad(y, self.multiple)), self.norm(x))
+        return per_frame(self.conv, self.norm(x))
 
 
 class DualBlock(nn.Module):

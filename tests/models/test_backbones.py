@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stvision.models import davit, nat
+from stvision.models import biformer, davit, nat
 from stvision.models.backbones import BACKBONES, create_backbone
 from stvision.models.weights import adapt_input_channels, read_weights
 
@@ -16,6 +16,15 @@ SMALL: dict[str, tuple[type[nn.Module], dict]] = {
     "davit": (
         davit.DaViT,
         {"depths": (1, 1), "embed_dims": (8, 16), "num_heads": (2, 4), "window_size": 3},
+    ),
+    "biformer": (
+        biformer.BiFormer,
+        {"depths": (1, 1), "embed_dims": (8, 16), "topks": (2,), "n_win": 3, "head_dim": 4},
+    ),
+    "biformer_nchw": (
+        biformer.BiFormer,
+        {"depths": (1, 1), "embed_dims": (8, 16), "topks": (2,), "n_win": 3, "head_dim": 4}
+        | {"layout": "swin", "flavour": "nchw", "lepe_from_value": True},
     ),
 }
 KINDS = [
