@@ -30,7 +30,7 @@ SETTINGS = (
     "videocrafter2=videocrafter2",
     "gentle=alpha:0.3,beta:1.2",
     "gain only=alpha:0,beta:1.5",
-    "self-guidance only=alpha:0.6,beta:0.001",
+    "self-guidance=alpha:0.6,beta:0.001",
     "far too much=alpha:0.6,beta:30,fraction:1",
 )
 
