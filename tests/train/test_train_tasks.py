@@ -33,6 +33,7 @@ UNET = {
     "cross_attention_dim": 384,
     "attention_head_dim": 2,
 }
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 LOOP = {"max_steps": 6, "batch_size": 2, "log_every": 1, "save_every": 3, "warmup_steps": 1}
 
 
@@ -240,6 +241,25 @@ def test_adapters_merge_into_the_exported_weights(world: Path, base: Path) -> No
     changed = {n for n, v in stored.items() if not torch.equal(state[n], v.half().float())}
     assert changed and all(".attn" in name and "temporal" not in name for name in changed)
     assert any((folder / "model" / "unet_lora").glob("*.safetensors"))
+
+
+def test_adapters_resume_exactly_whatever_else_lies_in_the_folder(world: Path, base: Path) -> None:
+    options = {"image_layers": "lora", "lora": {"rank": 2}, "fstext_init_steps": 0}
+    whole = train_seer(world, "lora_whole", options)
+    parts = train_seer(world, "lora_parts", options)
+    checkpoints = parts / "checkpoints"
+    shutil.rmtree(checkpoints / "step_00000006")
+    (parts / "status.json").unlink()
+    # what editors, copies and older tools leave behind
+    (checkpoints / "step_99999999").mkdir()
+    (checkpoints / "step_last").mkdir()
+    (checkpoints / "step_00000003 (copy)").mkdir()
+    (checkpoints / "checkpoint-7").mkdir()
+    (checkpoints / "notes.txt").write_text("step_00000050")
+    train_seer(world, "lora_parts", options)
+    assert log(parts) == log(whole)
+    final = [load_file(f / "model" / "unet" / WEIGHTS) for f in (whole, parts)]
+    assert all(torch.equal(value, final[1][name]) for name, value in final[0].items())
 
 
 def test_channels_last_trains_the_same(world: Path, base: Path) -> None:
