@@ -262,9 +262,9 @@ class VideoPipeline(DiffusionPipeline):
         """Guide temporal attention in the first steps of every call: steadier, more motion.
 
         The network is changed during the denoising of a call only, so offload, fast mode and
-        everything else may be switched at any time. Fast mode rests while a guided call denoises:
-        its captures hold the attention that is replaced. ``broadway_run`` tells what the last call
-        did.
+        everything else may be switched at any time. Fast mode rests in the guided steps and
+        replays the others (a compiled one rests throughout a guided call). ``broadway_run`` tells
+        what the last call did.
 
         Args:
             options: a :class:`stvision.guidance.BroadWay`, or the name of a preset.

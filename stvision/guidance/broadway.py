@@ -22,7 +22,7 @@ from stvision.guidance.engine import ModuleEnergy, guide
 from stvision.guidance.maps import Resizing
 from stvision.guidance.sites import Site, check_chunking, check_compiled, find_sites
 from stvision.guidance.steps import StepCounter, WatchedSetTimesteps
-from stvision.models.fast import is_fast, plain
+from stvision.models.fast import GraphedForward
 
 #: the authors' settings: keyword arguments of :class:`BroadWay`
 PRESETS: dict[str, dict[str, float]] = {
@@ -177,7 +177,6 @@ class BroadWay:
         session.first_run = run.records[-1].run + 1 if run.records else 0
         with ExitStack() as stack:
             stack.callback(session.forget)
-            stack.enter_context(plain(unet))
             if scheduler is not None and "set_timesteps" not in vars(scheduler):
                 scheduler.set_timesteps = WatchedSetTimesteps(scheduler, counter)
                 stack.callback(vars(scheduler).pop, "set_timesteps", None)
@@ -207,13 +206,15 @@ class _Session:
     def forget(self) -> None:
         self.active = False
         self.references.clear()
+        self._pause(False)
+
+    def _pause(self, guided: bool) -> None:
+        """Let fast mode rest: its captures hold the attention that guidance replaces."""
+        forward = vars(self.unet).get("forward")
+        if isinstance(forward, GraphedForward):
+            forward.paused = guided
 
     def before_call(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if is_fast(self.unet):
-            raise RuntimeError(
-                "fast mode was turned on while BroadWay is on; a replayed graph cannot be guided: "
-                "disable one of them"
-            )
         self.references.clear()
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
@@ -222,6 +223,9 @@ class _Session:
             check_chunking(self.unet, self.pipeline)
         self.run.calls += 1
         self.active = self.counter.index < self.options.guided_steps(self.counter.total)
+        # a compiled network would be compiled anew for the stand-ins, even in steps without guidance
+        forward = vars(self.unet).get("forward")
+        self._pause(self.active or getattr(forward, "compiled", False))
         if self.active:
             self.batch = sample.shape[0]
             self.first_conditional = self.batch // 2 if self._is_guided(sample) else 0

@@ -49,6 +49,8 @@ class GraphedForward:
         self.plain: Callable[..., Any] = type(module).forward.__get__(module)
         self.module = module
         self.compiled = compile
+        #: True sends calls to the plain forward, for work that changes the network for a while
+        self.paused = False
         self._target = torch.compile(self.plain, dynamic=False) if compile else self.plain
         self._captures: OrderedDict[tuple, _Capture] = OrderedDict()
         self._pool: Any = None
@@ -72,9 +74,12 @@ class GraphedForward:
         self._captures.clear()
         self._pool = None
 
+    def _replays(self, sample: Tensor) -> bool:
+        plain = self.paused or torch.is_grad_enabled() or self.module.training
+        return sample.is_cuda and not plain
+
     def __call__(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any):
-        usable = sample.is_cuda and not torch.is_grad_enabled() and not self.module.training
-        if not usable:
+        if not self._replays(sample):
             return self.plain(sample, timestep, *args, **kwargs)
         timestep = torch.as_tensor(timestep, device=sample.device)
         tensors: dict[str, Tensor] = {"sample": sample, "timestep": timestep}

@@ -345,26 +345,51 @@ def snapshot_of_network(pipe, like):
     return (snapshot(pipe)[0], *like[1:])
 
 
-def test_guided_calls_do_without_captures_and_keep_them(monkeypatch):
-    """Fast mode on a machine without a GPU: what stands in for the forward pass rests and returns."""
-    from stvision.models.fast import GraphedForward, is_fast
+class PlainCapture:
+    """Stands in for a CUDA graph: computes again what it was made of."""
 
-    pipe = tiny_seer_pipeline()
+    def __init__(self, forward, inputs, fixed):
+        self.inputs = {name: value.clone() for name, value in inputs.items()}
+        self.forward, self.fixed, self.graph, self.replays = forward, fixed, self, 0
+
+    def replay(self):
+        self.replays += 1
+        values = {**self.inputs, **self.fixed}
+        self.output = self.forward.plain(values.pop("sample"), values.pop("timestep"), **values)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_guided_steps_are_not_replayed_and_captures_stay(monkeypatch, compiled):
+    """Fast mode on a machine without a GPU."""
+    from stvision.models.fast import GraphedForward
+
+    captures = []
+
+    def capture(self, tensors, fixed, num_args):
+        assert num_args == 0
+        captures.append(PlainCapture(self, tensors, fixed))
+        return captures[-1]
+
+    monkeypatch.setattr(GraphedForward, "_replays", lambda self, sample: not self.paused)
+    monkeypatch.setattr(GraphedForward, "_capture", capture)
+    pipe = tiny_seer_pipeline(num_inference_steps=5)
     plain = seer_call(pipe)
-    with BroadWay().applied_to(pipe):
+    options = BroadWay(fraction=0.4)
+    with options.applied_to(pipe):
         expected = seer_call(pipe)
-    calls = []
-    original = GraphedForward.__call__
-    monkeypatch.setattr(
-        GraphedForward, "__call__", lambda self, *a, **k: calls.append(1) or original(self, *a, **k)
-    )
     graphed = pipe.unet.forward = GraphedForward(pipe.unet)
-    pipe.enable_broadway()
-    assert pipe.is_fast
-    assert torch.equal(seer_call(pipe), expected) and not calls
-    assert vars(pipe.unet)["forward"] is graphed and is_fast(pipe.unet)
+    graphed.compiled = compiled
+    pipe.enable_broadway(options)
+    assert torch.equal(seer_call(pipe), expected)
+    assert sum(c.replays for c in captures) == (0 if compiled else 3)
+    assert pipe.is_fast and vars(pipe.unet)["forward"] is graphed and not graphed.paused
     pipe.disable_broadway()
-    assert torch.equal(seer_call(pipe), plain) and len(calls) == 3
+    assert torch.equal(seer_call(pipe), plain)
+    assert [c.replays for c in captures] == ([5] if compiled else [8])
+    # also when an error ends a guided step
+    with pytest.raises(ZeroDivisionError), options.applied_to(pipe):
+        seer_call(pipe, callback_on_step_end=lambda *args: 1 / 0)
+    assert not graphed.paused
 
 
 @pytest.mark.gpu
@@ -380,10 +405,13 @@ def test_fast_mode_and_broadway_on_a_gpu(first):
             pipe.enable_fast()
         else:
             pipe.enable_broadway()
-    torch.testing.assert_close(seer_call(pipe), expected, rtol=0, atol=1e-5)
+    for _ in range(2):
+        torch.testing.assert_close(seer_call(pipe), expected, rtol=0, atol=1e-5)
+    captures = vars(pipe.unet)["forward"]._captures
+    assert len(captures) == 1  # of the steps without guidance
     pipe.disable_broadway()
     torch.testing.assert_close(seer_call(pipe), plain, rtol=0, atol=1e-5)
-    assert pipe.is_fast
+    assert pipe.is_fast and len(captures) == 1
 
 
 def test_seer_stays_causal_under_guidance():
