@@ -22,6 +22,7 @@ FILES = {
     "seer_default_image": ("image", "ImageConfig"),
     "seer_default": ("seer", "SeerConfig"),
     "seer_default_scratch": ("seer", "SeerConfig"),
+    "seer_default_swap": ("seer", "SeerConfig"),
     "seer_sd15_ssv2": ("seer", "SeerConfig"),
     "seer_sd15_bridge": ("seer", "SeerConfig"),
     "seer_sd15_epic": ("seer", "SeerConfig"),
