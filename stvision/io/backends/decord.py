@@ -6,50 +6,36 @@ on damaged files. The packet index names such files in a sentence before decord 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from stvision.io.backends.common import IndexedReader
 from stvision.io.source import as_openable
-from stvision.optional import require
 
 
 class DecordReader(IndexedReader):
-    """Reads a path, bytes or a file object (held in memory). See ``VideoReader``."""
+    """See ``IndexedReader``."""
 
-    def __init__(
-        self,
-        source: Any,
-        *,
-        size: int | tuple[int, int] | None = None,
-        threads: int | None = None,
-    ) -> None:
-        decord = require("decord", extra="video")
-        super().__init__(source, threads)
+    backend = module = "decord"
+
+    def _open(self, library: Any, source: Any) -> tuple[int, int]:
         if self.truncated:  # decord may hang on such files, where no signal reaches
             raise ValueError(
                 f"{self.name}: decord does not read truncated files; use backend='pyav'"
             )
         try:
-            self._decoder: Any = decord.VideoReader(
-                as_openable(source), ctx=decord.cpu(0), num_threads=self.threads
+            self._decoder = library.VideoReader(
+                as_openable(source), ctx=library.cpu(0), num_threads=self.threads
             )
             height, width = self._decoder[0].shape[:2]
-        except (decord.DECORDError, RuntimeError) as error:
-            raise self._refusal("decord", error) from error
-        self._check_length(len(self._decoder), "decord")
-        self._take_size(size, height, width)
+        except (library.DECORDError, RuntimeError) as error:
+            raise self._refusal(error) from error
+        self._check_length(len(self._decoder))
+        return height, width
 
-    def _decode(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-        if self._decoder is None:
-            raise ValueError(f"{self.name}: the reader is closed")
-        for index in indices:
-            yield index, self._finish(_without_padding(self._decoder[index].asnumpy()))
-
-    def close(self) -> None:
-        self._decoder = None
+    def _picture(self, index: int) -> np.ndarray:
+        return _without_padding(self._decoder[index].asnumpy())
 
 
 def _without_padding(picture: np.ndarray) -> np.ndarray:
