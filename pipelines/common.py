@@ -264,7 +264,8 @@ class VideoPipeline(DiffusionPipeline):
         The network is changed during the denoising of a call only, so offload, fast mode and
         everything else may be switched at any time. Fast mode rests in the guided steps and
         replays the others (a compiled one rests throughout a guided call). ``broadway_run`` tells
-        what the last call did.
+        what the last call did. Guided steps hold up to ``max_map_bytes`` more than others, which
+        ``fit_memory`` does not count.
 
         Args:
             options: a :class:`stvision.guidance.BroadWay`, or the name of a preset.
