@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from stvision.config import parse_config
 from stvision.models.action import ActionClassifier, augment_clips
 from stvision.train.data import DataConfig, to_network_range
-from stvision.train.entry import announce, report, seeded
-from stvision.train.loop import Batch, LoopConfig, Outcome, Task, fit, make_accelerator
-from stvision.train.sources import Held, prepare
+from stvision.train.entry import report, seeded
+from stvision.train.loop import Batch, LoopConfig, Outcome, Task
+from stvision.train.run import Run
+from stvision.train.sources import Held
 
 
 @dataclass(frozen=True)
@@ -117,28 +118,14 @@ class ActionTask(Task):
 
 def run(config: ActionConfig) -> Outcome:
     """Train, or continue."""
-    started = announce(config)
     if config.data.cache != "frames":
         raise ValueError("the action classifier is trained on frames: set data.cache to 'frames'")
-    accelerator = make_accelerator(config.loop)
-    prepared = prepare(
-        config.data,
-        config.loop,
-        accelerator,
-        seed=config.seed,
-        text=None,
-        labels=list(config.class_names) or "all",
-        label_key=config.label,
+    training = Run.begin(
+        config, text=None, labels=list(config.class_names) or "all", label_key=config.label
     )
-    task = ActionTask(config, prepared.held, prepared.labels, accelerator.device)
-    return fit(
-        task,
-        prepared.source,
-        config.loop,
-        config.output_dir,
-        seed=config.seed,
-        accelerator=accelerator,
-        started=started,
+    prepared = training.prepared
+    return training.train(
+        ActionTask(config, prepared.held, prepared.labels, training.accelerator.device)
     )
 
 

@@ -19,9 +19,10 @@ from stvision.models.sampling import randn_per_sample
 from stvision.train.data import DataConfig
 from stvision.train.diffusion import DiffusionConfig, Noising, draw_latents, weighted_error
 from stvision.train.encoders import TextConfig, check_text, decode_latents, load_vae
-from stvision.train.entry import announce, report, seeded
-from stvision.train.loop import Batch, LoopConfig, Outcome, Task, fit, make_accelerator
-from stvision.train.sources import Held, prepare
+from stvision.train.entry import report, seeded
+from stvision.train.loop import Batch, LoopConfig, Outcome, Task
+from stvision.train.run import Run
+from stvision.train.sources import Held
 
 
 @dataclass(frozen=True)
@@ -158,26 +159,8 @@ class ImageTask(Task):
 def run(config: ImageConfig) -> Outcome:
     """Train, or continue."""
     check_text(config.text, config.unet.get("cross_attention_dim"), "the U-Net", config.vae)
-    started = announce(config)
-    accelerator = make_accelerator(config.loop)
-    prepared = prepare(
-        config.data,
-        config.loop,
-        accelerator,
-        seed=config.seed,
-        text=config.text,
-        vae=config.vae,
-    )
-    task = ImageTask(config, prepared.held, accelerator.device)
-    return fit(
-        task,
-        prepared.source,
-        config.loop,
-        config.output_dir,
-        seed=config.seed,
-        accelerator=accelerator,
-        started=started,
-    )
+    training = Run.begin(config, text=config.text, vae=config.vae)
+    return training.train(ImageTask(config, training.prepared.held, training.accelerator.device))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

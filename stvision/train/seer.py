@@ -34,10 +34,11 @@ from stvision.train.encoders import (
     load_vae,
     read_config,
 )
-from stvision.train.entry import announce, report, seeded
-from stvision.train.loop import Batch, LoopConfig, Outcome, Task, fit, make_accelerator
+from stvision.train.entry import report, seeded
+from stvision.train.loop import Batch, LoopConfig, Outcome, Task
 from stvision.train.lora import LoraConfig, add_lora, merged_state, save_lora
-from stvision.train.sources import Held, Prepared, prepare
+from stvision.train.run import Run
+from stvision.train.sources import Held
 
 
 @dataclass(frozen=True)
@@ -388,39 +389,22 @@ def run(config: SeerConfig) -> Outcome:
     text = config.text.chosen(config.base)
     unet = config.unet if config.base is None else read_config(config.base, "unet")
     check_text(text, unet.get("cross_attention_dim"), "the image U-Net", config.base)
-    started = announce(config)
-    accelerator = make_accelerator(config.loop)
-    prepared = prepare(
-        config.data,
-        config.loop,
-        accelerator,
-        seed=config.seed,
-        text=text,
-        vae=config.vae,
-    )
+    training = Run.begin(config, text=text, vae=config.vae)
     fstext = None
     if config.fstext_init_steps > 0:
-        outcome = _initialise_fstext(config, prepared, accelerator, started)
+        outcome = _initialise_fstext(training)
         if not outcome.finished:
             return outcome
         folder = Path(config.output_dir) / "fstext_init" / "model"
         fstext = FSTextDecomposer.from_pretrained(folder, local_files_only=True)
-    task = SeerTask(config, prepared.held, accelerator.device, fstext)
-    return fit(
-        task,
-        prepared.source,
-        config.loop,
-        config.output_dir,
-        seed=config.seed,
-        accelerator=accelerator,
-        started=started,
-    )
+    held, device = training.prepared.held, training.accelerator.device
+    return training.train(SeerTask(config, held, device, fstext))
 
 
-def _initialise_fstext(
-    config: SeerConfig, prepared: Prepared, accelerator: Any, started: float
-) -> Outcome:
-    if prepared.held.text is None:
+def _initialise_fstext(training: Run) -> Outcome:
+    config: SeerConfig = training.config
+    text, source = training.prepared.held.text, training.prepared.source
+    if text is None:
         raise ValueError("Seer needs text states")
     loop = replace(
         config.loop,
@@ -438,19 +422,15 @@ def _initialise_fstext(
         validate_every=0,
         max_grad_norm=1.0,
     )
-    source = prepared.source
     position = source.state_dict()
-    outcome = fit(
-        FSTextTask(config, prepared.held.text),
-        source,
-        loop,
-        Path(config.output_dir) / "fstext_init",
+    outcome = training.train(
+        FSTextTask(config, text),
+        loop=loop,
+        output_dir=str(Path(config.output_dir) / "fstext_init"),
         seed=config.seed + 1,
-        accelerator=accelerator,
-        started=started,
     )
     source.load_state_dict(position)
-    accelerator.free_memory()
+    training.accelerator.free_memory()
     return outcome
 
 

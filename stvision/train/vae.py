@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from stvision.config import parse_config
 from stvision.io import Clip, write_strip
 from stvision.train.data import DataConfig, to_network_range
-from stvision.train.entry import announce, report, seeded
-from stvision.train.loop import Batch, LoopConfig, Outcome, Task, fit, make_accelerator
-from stvision.train.sources import Held, prepare
+from stvision.train.entry import report, seeded
+from stvision.train.loop import Batch, LoopConfig, Outcome, Task
+from stvision.train.run import Run
+from stvision.train.sources import Held
 
 
 @dataclass(frozen=True)
@@ -193,22 +194,13 @@ def load_perceptual(name: str | None, device: torch.device) -> Any:
 
 def run(config: VAEConfig) -> Outcome:
     """Train, or continue."""
-    started = announce(config)
-    accelerator = make_accelerator(config.loop)
     if config.data.cache == "latents":
         raise ValueError("an autoencoder is trained on frames: set data.cache to 'frames' or 'off'")
-    prepared = prepare(config.data, config.loop, accelerator, seed=config.seed, text=None)
+    training = Run.begin(config, text=None)
+    device = training.accelerator.device
     name = config.perceptual if config.perceptual_weight > 0 else None
-    perceptual = load_perceptual(name, accelerator.device)
-    task = VAETask(config, prepared.held, accelerator.device, perceptual)
-    return fit(
-        task,
-        prepared.source,
-        config.loop,
-        config.output_dir,
-        seed=config.seed,
-        accelerator=accelerator,
-        started=started,
+    return training.train(
+        VAETask(config, training.prepared.held, device, load_perceptual(name, device))
     )
 
 
