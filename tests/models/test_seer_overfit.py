@@ -9,7 +9,8 @@ from stvision.models.seer import SeerUNetModel
 
 
 @pytest.mark.slow
-def test_g_four_tiny_clips_are_overfitted_within_500_steps() -> None:
+@pytest.mark.parametrize("temporal", ["transformer", "swap"])
+def test_g_four_tiny_clips_are_overfitted_within_500_steps(temporal: str) -> None:
     torch.manual_seed(0)
     unet = SeerUNetModel.from_unet2d(
         UNet2DConditionModel(
@@ -20,7 +21,8 @@ def test_g_four_tiny_clips_are_overfitted_within_500_steps() -> None:
             cross_attention_dim=32,
             norm_num_groups=8,
             attention_head_dim=4,
-        )
+        ),
+        temporal=temporal,
     )
     fstext = FSTextDecomposer(dim=32, num_layers=1, num_heads=4, max_frames=4, max_tokens=8)
     # a square that moves by the sentence's direction, from one reference frame
@@ -52,4 +54,5 @@ def test_g_four_tiny_clips_are_overfitted_within_500_steps() -> None:
         schedule.step()
         losses.append(loss.item())
     last = sum(losses[-50:]) / 50
+    print(f"{temporal}: noise MSE {last:.4f}")
     assert last < 0.1, f"noise MSE {last:.3f} after 500 steps"
