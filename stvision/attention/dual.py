@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvision.attention.dispatch import dispatch_attention
+from stvision.attention.windows import WindowLayout
 
 
 def channel_group_attention(
@@ -123,26 +124,19 @@ class SpatialWindowAttention(_Projected):
             raise ValueError(f"window_size must be at least 1, got {window_size}")
         self.window_size, self.mask_padding = window_size, mask_padding
 
-    def _windows(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> (N * windows, tokens, C)."""
-        s = self.window_size
-        n, h, w, c = x.shape
-        x = x.view(n, h // s, s, w // s, s, c).transpose(2, 3)
-        return x.reshape(n * (h // s) * (w // s), s * s, c)
-
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, H, W, C) to the same shape; ValueError for another shape."""
         self._check(x)
-        b, t, h, w, c = x.shape
+        b, t, h, w, _ = x.shape
         s = self.window_size
         pad = (0, 0, 0, -w % s, 0, -h % s)
-        windows = self._windows(F.pad(x.flatten(0, 1), pad))
+        frames = F.pad(x.reshape(b * t, 1, h, w, -1), pad)
+        layout = WindowLayout((1, h + -h % s, w + -w % s), (s, s))
+        windows = layout.pack(frames)
         q, k, v = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         mask = None
         if self.mask_padding and (h % s or w % s):
-            inside = F.pad(torch.ones(1, h, w, 1, device=x.device), pad).expand(b * t, -1, -1, -1)
-            mask = self._windows(inside).bool()[:, None, None, :, 0]
+            inside = F.pad(torch.ones(1, 1, h, w, 1, device=x.device), pad)
+            mask = layout.pack(inside.expand(b * t, -1, -1, -1, -1)).bool()[:, None, None, :, 0]
         out = self.proj(dispatch_attention(q, k, v, mask=mask).flatten(-2))
-        rows, cols = -(-h // s), -(-w // s)
-        out = out.view(b * t, rows, cols, s, s, c).transpose(2, 3)
-        return out.reshape(b, t, rows * s, cols * s, c)[:, :, :h, :w]
+        return layout.unpack(out).unflatten(0, (b, t))[:, :, 0, :h, :w]
