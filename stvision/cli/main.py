@@ -40,6 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         on standard error; ``STVISION_TRACEBACK=1`` shows the traceback instead.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(words)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output has read enough, such as `| head`
+        # what is still buffered must not fail once more when the interpreter ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in {"-h", "--help", "help"}:
         print(_overview())
         return 0
@@ -71,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stvision: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except (*WRONG_INPUT, *REFUSALS) as error:
         if os.environ.get(TRACEBACK):
             raise

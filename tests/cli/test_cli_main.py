@@ -1,6 +1,8 @@
 """The ``stvision`` command itself: help, unknown words, failures as one sentence, the report."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -139,3 +141,11 @@ def test_help_says_defaults_in_words(words: str, capsys: pytest.CaptureFixture) 
     assert main([*words.split(), "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "(default: None)" not in shown and "(default: False)" in shown
+
+
+def test_a_reader_that_stops_early_is_no_failure() -> None:
+    words = [sys.executable, "-u", "-m", "stvision", "predict", "--help"]
+    done = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert done.stdout is not None and done.stderr is not None
+    done.stdout.close()
+    assert done.stderr.read() == "" and done.wait() == 0
