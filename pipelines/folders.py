@@ -42,7 +42,14 @@ def resolve_folder(name: str | os.PathLike[str], **hub: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
-    return Path(snapshot_download(text, allow_patterns=patterns, **hub))
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns, **hub))
+    except OSError as error:  # not there, not allowed, no network, or kept off it
+        cause = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"no pipeline {text!r}: there is no such folder, and the model hub did not give it "
+            f"({cause})"
+        ) from error
 
 
 def dtype_argument(kwargs: dict[str, Any]) -> dict[str, Any]:
