@@ -8,6 +8,7 @@ from torch import nn
 
 from stvision.models.biformer import BIFORMER_MODELS
 from stvision.models.davit import DAVIT_MODELS
+from stvision.models.halonet import HALONET_MODELS
 from stvision.models.nat import NAT_MODELS
 
 
@@ -32,6 +33,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **{name: _nat(build) for name, build in NAT_MODELS.items()},
     **DAVIT_MODELS,
     **BIFORMER_MODELS,
+    **HALONET_MODELS,
 }
 
 

@@ -20,12 +20,14 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from stvision.attention.halo import HaloAttention
+from stvision.layers.ela import EfficientLocalAttention
 from stvision.layers.vision import DropPath, drop_path_rates, per_frame
 from stvision.models.surface import Backbone, Head, Stage
 from stvision.models.weights import load_backbone, read_weights, unwrap
 
-#: parameters that image weights lack: the relative tables of frames, zero at the start
-FRESH = (".time_rel",)
+#: parameters that image weights lack: the relative tables of frames, zero at the start, and gates
+#: that were asked for
+FRESH = (".time_rel", ".ela.conv.weight", ".ela.norm.weight", ".ela.norm.bias")
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -130,6 +132,7 @@ class _Block(nn.Module):
         shortcut: bool,
         linear_out: bool,
         drop_path: float,
+        last_gate: nn.Module | None,
     ) -> None:
         super().__init__()
         self.shortcut: nn.Module | None = nn.Identity()
@@ -145,13 +148,14 @@ class _Block(nn.Module):
         self.attends = attention is not None
         self.conv3_1x1 = _ConvNorm(mid, out)
         nn.init.zeros_(self.conv3_1x1.bn.weight)
+        self.ela = nn.Identity() if last_gate is None else last_gate
         self.drop_path = DropPath(drop_path)
         self.act = nn.Identity() if linear_out else _ACTIVATIONS[act]()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1_1x1(x)
         y = self.post_attn(self.self_attn(y)) if self.attends else self.attn(self.conv2_kxk(y))
-        y = self.drop_path(self.conv3_1x1(y))
+        y = self.drop_path(self.ela(self.conv3_1x1(y)))
         if self.shortcut is not None:
             y = y + self.shortcut(x)
         return cast(Tensor, self.act(y))
@@ -198,6 +202,8 @@ class HaloNet(Backbone):
         group_size: channels of a group of the 3 x 3 convolutions, 0 for one group.
         gate: ``""``, ``"se"`` or ``"eca"``: channel gate behind the 3 x 3 convolutions.
         gate_ratio: hidden over outer channels of ``"se"``.
+        ela: variant of :class:`stvision.layers.ela.EfficientLocalAttention` at the end of each
+            block, before the addition; ``""`` for none. No published weights have it.
         act: ``"relu"`` or ``"silu"``.
         shortcut: whether blocks that change channels or size have a shortcut.
         linear_out: no activation at the end of blocks.
@@ -230,6 +236,7 @@ class HaloNet(Backbone):
         group_size: int = 0,
         gate: str = "",
         gate_ratio: float = 1 / 16,
+        ela: str = "",
         act: str = "relu",
         shortcut: bool = True,
         linear_out: bool = False,
@@ -302,6 +309,11 @@ class HaloNet(Backbone):
                         shortcut=shortcut,
                         linear_out=linear_out,
                         drop_path=next(rates),
+                        last_gate=EfficientLocalAttention(
+                            stage.width, ela, over_time=frames is not None
+                        )
+                        if ela
+                        else None,
                     )
                 )
                 dim = stage.width

@@ -155,6 +155,7 @@ class NAT(nn.Module):
                 f"dilation for each block (got {[len(row) for row in dilations]} per level)"
             )
         self.frame_kernel = frame_kernel
+        self.in_chans = in_chans
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.num_features = self.head_hidden_size = embed_dim * 2 ** (len(depths) - 1)
@@ -220,16 +221,12 @@ class NAT(nn.Module):
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
+            self.head.to(self.norm.weight)  # device and dtype
 
     def _embed(self, x: Tensor) -> Tensor:
-        video = self.frame_kernel is not None
-        if x.dim() != (5 if video else 4):
-            wanted = (
-                "(batch, channels, frames, height, width)"
-                if video
-                else "(batch, channels, height, width)"
-            )
-            raise ValueError(f"x must be {wanted}, but has shape {tuple(x.shape)}")
+        axes = "H, W" if self.frame_kernel is None else "T, H, W"
+        if x.dim() != 2 + len(axes.split()) or x.shape[1] != self.in_chans:
+            raise ValueError(f"x must be (B, {self.in_chans}, {axes}), got {tuple(x.shape)}")
         return cast(Tensor, self.pos_drop(self.patch_embed(x.movedim(1, -1))))
 
     def forward_intermediates(
@@ -262,6 +259,8 @@ class NAT(nn.Module):
         if output_fmt not in {"NCHW", "NHWC"}:
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', not {output_fmt!r}")
         if isinstance(indices, int):
+            if not 0 < indices <= count:
+                raise ValueError(f"indices={indices} must lie between 1 and {count}")
             indices = range(count - indices, count)
         asked = list(range(count) if indices is None else indices)
         if any(not -count <= i < count for i in asked):

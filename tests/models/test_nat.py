@@ -277,5 +277,5 @@ def test_sizes_are_the_published_ones(name: str, millions: int) -> None:
 def test_bad_input_gets_one_sentence() -> None:
     with pytest.raises(ValueError, match="dilation for each block"):
         small(dilations=[[1], [1, 1]])
-    with pytest.raises(ValueError, match="batch, channels, frames"):
+    with pytest.raises(ValueError, match=r"x must be \(B, 3, T, H, W\), got"):
         small(frame_kernel=3)(images())
