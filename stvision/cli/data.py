@@ -65,8 +65,8 @@ class Pack:
     """Index file; index.jsonl or index.csv of the folder when not given."""
     split: str | None = None
     """Only this split; all of them when not given."""
-    workers: int = 8
-    """Processes that decode."""
+    workers: int | None = None
+    """Processes that decode; the cores of this machine, at most 8, when not given."""
 
 
 @says_its_defaults
@@ -82,8 +82,8 @@ class Check:
     """Decode every clip as well, which finds broken ones."""
     frames: int | None = None
     """Frames that a clip must have."""
-    workers: int = 4
-    """Processes that decode."""
+    workers: int | None = None
+    """Processes that decode; the cores of this machine, at most 8, when not given."""
     json: bool = False
     """Print one JSON object."""
 
@@ -156,8 +156,14 @@ def _pack(command: Pack) -> int:
         num_frames=command.frames,
         size=command.size,
     )
-    print(pack(dataset, command.out, workers=command.workers))
+    print(pack(dataset, command.out, workers=_workers(command.workers)))
     return 0
+
+
+def _workers(asked: int | None) -> int:
+    from stvision.io.reader import default_threads
+
+    return default_threads() if asked is None else asked
 
 
 def _check(command: Check) -> int:
@@ -174,7 +180,7 @@ def _check(command: Check) -> int:
     }
     if command.decode:
         sizes: Counter[str] = Counter()
-        for record in dataset.iter_records(command.workers, progress=not command.json):
+        for record in dataset.iter_records(_workers(command.workers), progress=not command.json):
             sizes["x".join(map(str, record.frames.shape[:3]))] += 1
         facts["clips"] = dataset.last_tally.kept
         facts["left_out"] = dict(dataset.tally.reasons + dataset.last_tally.reasons)
