@@ -19,6 +19,7 @@ _EXPORTS: dict[str, str] = {
     "SeerUNetModel": "stvision.models.seer",
     "SeerPipeline": "stvision.pipelines.seer",
     "SeerDDIMScheduler": "stvision.models.sampling",
+    "create_backbone": "stvision.models.backbones",
     "na1d": "stvision.kernels.neighborhood",
     "na2d": "stvision.kernels.neighborhood",
     "na3d": "stvision.kernels.neighborhood",

@@ -5,12 +5,14 @@ from torch import nn
 from stvision.attention.dispatch import BACKENDS, dispatch_attention
 from stvision.attention.dual import ChannelGroupAttention, SpatialWindowAttention
 from stvision.attention.full import FullAttention
+from stvision.attention.halo import HaloAttention, halo_attention
 from stvision.attention.neighborhood import NeighborhoodAttention
 from stvision.attention.neighborhood_modules import (
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
 )
+from stvision.attention.routing import BiLevelRoutingAttention, bilevel_routing_attention
 from stvision.attention.seer_window import SeerWindowAttention, windowed_causal_attention
 from stvision.attention.swap import SwapAttention, windowed_cross_attention
 from stvision.attention.temporal import TemporalAttention
@@ -22,13 +24,19 @@ ATTENTIONS: dict[str, type[nn.Module]] = {
     "full": FullAttention,
     "temporal": TemporalAttention,
     "neighborhood": NeighborhoodAttention,
+    "routing": BiLevelRoutingAttention,
+    "halo": HaloAttention,
+    "spatial-window": SpatialWindowAttention,
+    "channel-group": ChannelGroupAttention,
 }
 
 __all__ = [
     "ATTENTIONS",
     "BACKENDS",
+    "BiLevelRoutingAttention",
     "ChannelGroupAttention",
     "FullAttention",
+    "HaloAttention",
     "NeighborhoodAttention",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
@@ -38,7 +46,9 @@ __all__ = [
     "SwapAttention",
     "TemporalAttention",
     "VolumeAttention",
+    "bilevel_routing_attention",
     "dispatch_attention",
+    "halo_attention",
     "windowed_causal_attention",
     "windowed_cross_attention",
 ]

@@ -52,6 +52,10 @@ class _Projected(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
+    def layout(self, grid: tuple[int, int, int]) -> None:
+        """No order of a (T, H, W) grid's tokens saves this attention its own."""
+        return
+
     def _check(self, x: Tensor) -> None:
         if x.ndim != 5 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (B, T, H, W, {self.dim}), got {tuple(x.shape)}")

@@ -425,6 +425,10 @@ class HaloAttention(nn.Module):
         for layer in (self.q, self.kv):
             nn.init.trunc_normal_(layer.weight, std=dim**-0.5)
 
+    def layout(self, grid: tuple[int, int, int]) -> None:
+        """No order of a (T, H, W) grid's tokens saves this attention its own."""
+        return
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, H, W, C) to (B, T, H / stride, W / stride, dim_out), rounded up."""
         if x.ndim != 5 or x.shape[-1] != self.dim:

@@ -492,6 +492,10 @@ class BiLevelRoutingAttention(nn.Module):
         self.lepe = DepthwiseConv(dim, lepe_kernel, frame_kernel) if lepe_kernel else None
         self.proj = nn.Linear(dim, dim)
 
+    def layout(self, grid: tuple[int, int, int]) -> None:
+        """No order of a (T, H, W) grid's tokens saves this attention its own."""
+        return
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, H, W, C) to the same shape; ValueError for another shape."""
         if x.ndim != 5 or x.shape[-1] != self.dim:

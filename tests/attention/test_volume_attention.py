@@ -156,7 +156,11 @@ def test_packed_attention_is_the_volume_attention() -> None:
 
 
 def test_weights_are_interchangeable() -> None:
-    keys = {name: list(kind(16, 2).state_dict()) for name, kind in ATTENTIONS.items()}
+    keys = {
+        name: list(kind(16, 2).state_dict())
+        for name, kind in ATTENTIONS.items()
+        if issubclass(kind, VolumeAttention)
+    }
     assert set(map(tuple, keys.values())) == {tuple(keys["seer-window"])}
 
 
