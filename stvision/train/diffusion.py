@@ -19,6 +19,10 @@ class DiffusionConfig:
     """What the network predicts (v: Salimans and Ho 2022)."""
     min_snr_gamma: float | None = None
     """Cap of the loss weight by signal-to-noise ratio (Hang et al. 2023); none: plain error."""
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
+    """Where a sampler's steps lie, in validation and in the exported pipeline; none leaves it to
+    the schedule. "trailing" starts at the last timestep, whose noise is what sampling starts from
+    (Lin et al. 2024, section 3.3)."""
     text_dropout: float = 0.0
     """Share of items that are trained with the empty sentence, for guidance without a text."""
 
@@ -29,12 +33,22 @@ class Noising:
     Args:
         config: schedule and target.
         device: of the tables.
+
+    Raises:
+        ValueError: ``timestep_spacing`` for the schedule "authors", which has a grid of its own.
     """
 
     def __init__(self, config: DiffusionConfig, device: torch.device | str) -> None:
         self.config = config
         self.scheduler = make_scheduler(config.schedule)
         self.scheduler.register_to_config(prediction_type=config.prediction_type)
+        if config.timestep_spacing is not None:
+            if config.schedule == "authors":
+                raise ValueError(
+                    f"timestep_spacing={config.timestep_spacing!r} does not go with "
+                    "schedule='authors', which has a grid of its own"
+                )
+            self.scheduler.register_to_config(timestep_spacing=config.timestep_spacing)
         alphas = self.scheduler.alphas_cumprod.to(device, torch.float32)
         self.signal, self.noise = alphas.sqrt(), (1 - alphas).sqrt()
         ratio = alphas / (1 - alphas)

@@ -171,7 +171,10 @@ def test_baseline_differs_from_the_default_in_its_start_only() -> None:
         base=ours.base,
         image_layers="frozen",
         unet={},
+        # as many seconds, which are fewer steps where everything is trained
+        loop=replace(scratch.loop, max_steps=ours.loop.max_steps),
     )
+    assert scratch.loop.max_steps < ours.loop.max_steps
 
 
 def test_published_settings_of_the_large_configurations() -> None:
@@ -185,6 +188,17 @@ def test_published_settings_of_the_large_configurations() -> None:
         assert config.cond_frames == references
         assert config.loop.learning_rate == pytest.approx(1.28e-5 * 2 * 1 * 4)
         assert (config.loop.max_grad_norm, config.clip_fstext) == (0.3, False)
+
+
+def test_spacing_of_the_sampler_reaches_its_schedule() -> None:
+    from stvision.train.diffusion import DiffusionConfig, Noising
+
+    given = load("seer_default").diffusion
+    scheduler = Noising(given, "cpu").scheduler
+    scheduler.set_timesteps(20)
+    assert int(scheduler.timesteps[0]) == 999
+    with pytest.raises(ValueError, match="'trailing' does not go with schedule='authors'"):
+        Noising(DiffusionConfig("authors", timestep_spacing="trailing"), "cpu")
 
 
 def test_contradictory_settings_are_refused() -> None:
