@@ -1,6 +1,7 @@
 """What all backbones have in common: the catalogue, timm's surface, gradients, dtypes, compilation."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,6 +210,18 @@ def test_catalogue_builds_by_name() -> None:
         create_backbone("davit_tiny", frames=0)
     with pytest.raises(ValueError, match="in_chans must be at least 1"):
         create_backbone("davit_tiny", in_chans=0)
+
+
+def test_the_documents_table_is_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "docs/backbones.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.splitlines() if "`stvision/models/" in line]
+    assert all((root / row[3].strip(" `")).is_file() for row in rows)
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row[4])]
+    assert sorted(names) == sorted(BACKBONES)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "backbones.md", "exec"), {})  # noqa: S102  the document is ours
+    assert capsys.readouterr().out.splitlines() == re.findall(r"# (torch.+)$", code, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("frames", "kernel"), [(1, 1), (2, 2), (3, 3), (4, 3), (5, 5), (16, 5)])
