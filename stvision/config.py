@@ -47,6 +47,7 @@ def load_config(
     overrides: Sequence[str] = (),
     prog: str = "",
     *,
+    settings: Sequence[str] = (),
     part: bool = False,
 ) -> T:
     """Read a configuration and apply options of the command line to it.
@@ -57,6 +58,8 @@ def load_config(
         overrides: words such as ``["--train.max-steps", "10"]``; ``--help`` prints every option
             with its present value and leaves.
         prog: name shown by ``--help``.
+        settings: changes to the file such as ``"inflation.attention=full"``, whose values are YAML;
+            for what ``overrides`` cannot say, such as the keys of free-form mappings.
         part: leave out the file's top-level keys that ``cls`` has no field for, so that the file of
             a larger configuration can be read.
 
@@ -65,15 +68,18 @@ def load_config(
         ValueError: not YAML, an unknown key (the nearest name is offered) or a value of the wrong
             type; the sentence names file, key and value.
     """
-    if path is None:
-        loaded = from_mapping(cls, {}, "the defaults")
-    else:
+    mapping: dict[str, Any] = {}
+    origin = "the defaults"
+    if path is not None:
         file = find_config(path)
-        mapping = _read_yaml(file)
-        if part:
-            known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-            mapping = {key: mapping[key] for key in mapping if key in known}
-        loaded = from_mapping(cls, mapping, str(file))
+        mapping, origin = _read_yaml(file), str(file)
+    if part:
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        mapping = {key: mapping[key] for key in mapping if key in known}
+    for setting in settings:
+        mapping = _merged(mapping, _parse_setting(setting))
+        origin = f"{origin} with --set {setting}"
+    loaded = from_mapping(cls, mapping, origin)
     if not overrides:
         return loaded
     import tyro
@@ -130,15 +136,9 @@ def update_config(path: str | Path, changes: Mapping[str, Any]) -> None:
     """
     import yaml
 
-    def merged(old: Any, new: Any) -> Any:
-        if not isinstance(new, Mapping):
-            return new
-        kept = dict(old) if isinstance(old, Mapping) else {}
-        return kept | {key: merged(kept.get(key), value) for key, value in new.items()}
-
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    data = merged(_read_yaml(target), changes)
+    data = _merged(_read_yaml(target), changes)
     temporary.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
     os.replace(temporary, target)
 
@@ -146,7 +146,7 @@ def update_config(path: str | Path, changes: Mapping[str, Any]) -> None:
 def parse_config(
     cls: type[T], argv: Sequence[str] | None = None, prog: str = "", *, part: bool = False
 ) -> T:
-    """Configuration of a ``python -m`` entry: ``[--config FILE] [OPTIONS]``.
+    """Configuration of a ``python -m`` entry: ``[--config FILE] [--set KEY=VALUE ...] [OPTIONS]``.
 
     Args:
         cls: the task's dataclass.
@@ -156,20 +156,48 @@ def parse_config(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     path: str | None = None
+    settings: list[str] = []
     rest: list[str] = []
-    index = 0
-    while index < len(words):
-        word = words[index]
-        if word == "--config":
-            if index + 1 == len(words):
-                raise ValueError("--config needs a file or the name of a packaged configuration")
-            path, index = words[index + 1], index + 1
-        elif word.startswith("--config="):
-            path = word.split("=", 1)[1]
-        else:
+    queue = iter(words)
+    for word in queue:
+        option, equals, value = word.partition("=")
+        if option not in {"--config", "--set"}:
             rest.append(word)
-        index += 1
-    return load_config(cls, path, rest, prog, part=part)
+            continue
+        if not equals:
+            value = next(queue, "")
+        if option == "--set":
+            settings.append(value)
+        elif value:
+            path = value
+        else:
+            raise ValueError("--config needs a file or the name of a packaged configuration")
+    return load_config(cls, path, rest, prog, settings=settings, part=part)
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """``old`` with the keys of ``new``, nested; what ``new`` does not name stays."""
+    if not isinstance(new, Mapping):
+        return new
+    kept = dict(old) if isinstance(old, Mapping) else {}
+    return kept | {key: _merged(kept.get(key), value) for key, value in new.items()}
+
+
+def _parse_setting(text: str) -> dict[str, Any]:
+    """``"a.b=1"`` as ``{"a": {"b": 1}}``."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise ValueError(f"--set takes KEY=VALUE, such as inflation.attention=full, got {text!r}")
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {text}: the value is not YAML") from error
+    for name in reversed(names):
+        found = {name: found}
+    return dict(found)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

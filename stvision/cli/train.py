@@ -38,9 +38,15 @@ def run(command: Command) -> int:
     from stvision.train import TASKS
 
     if not command.task:
-        print("usage: stvision train TASK [--config FILE] [OPTIONS]\n\ntasks:")
+        print(
+            "usage: stvision train TASK [--config FILE] [--set KEY=VALUE ...] [OPTIONS]\n\ntasks:"
+        )
         for name, (_, summary) in TASKS.items():
             print(f"  {name:<8} {summary}")
+        print(
+            "\n--set changes any key of the configuration, such as --set inflation.attention=full;"
+        )
+        print("stvision train TASK --help lists the other options")
         print("\non several GPUs: accelerate launch -m stvision.train.TASK --config FILE")
         return 0
     module = importlib.import_module(TASKS[command.task][0])

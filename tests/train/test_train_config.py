@@ -1,4 +1,5 @@
 import importlib
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +50,31 @@ class Outer:
 def load(name: str) -> Any:
     task, cls = FILES[name]
     return load_config(getattr(importlib.import_module(TASKS[task][0]), cls), name)
+
+
+def test_set_reaches_every_key(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("inner: {rate: 1e-4, mode: b}\nextra: {heads: [4, 5], width: 8}\n")
+    words = ["--config", str(path), "--set", "extra.heads=[2, 3]", "--set=extra.deep.on=true"]
+    changed = parse_config(Outer, [*words, "--set", "inner.rate=2", "--name", "x"])
+    extra = {"heads": [2, 3], "width": 8, "deep": {"on": True}}
+    assert changed == Outer(Inner(2.0, "b"), (1, 2), extra, "x")
+    assert parse_config(Outer, ["--set", "sizes=[7]"]) == Outer(sizes=(7,))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("inner.rat=1", "unknown key 'inner.rat'; did you mean 'rate'"),
+        ("inner.rate=fast", "with --set inner.rate=fast: inner.rate"),
+        ("inner.rate", "--set takes KEY=VALUE"),
+        ("=3", "--set takes KEY=VALUE"),
+        ("extra.a=[1", "the value is not YAML"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(setting: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        parse_config(Outer, ["--set", setting])
 
 
 def test_file_then_command_line(tmp_path: Path) -> None:
