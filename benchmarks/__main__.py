@@ -7,7 +7,13 @@ from pathlib import Path
 import torch
 
 #: module -> does it need a GPU
-BENCHMARKS = {"video_io": False, "neighborhood": False, "seer_step": True, "broadway": True}
+BENCHMARKS = {
+    "video_io": False,
+    "neighborhood": False,
+    "backbones": False,
+    "seer_step": True,
+    "broadway": True,
+}
 
 
 def main() -> int:

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from stvision.layers.vision import DepthwiseConv
 
-#: elements of the largest tensor of scores that the path "blocked" makes at once
+#: elements of the largest tensor that the path "blocked" makes at once: scores, and copies of keys
+#: and values on the CPU, which its caches should hold
 CHUNK_ELEMENTS = 1 << 24
+CPU_CHUNK_ELEMENTS = 1 << 20
 
 IMPLEMENTATIONS = ("flex", "blocked", "gather")
 
@@ -125,8 +127,9 @@ def _gather(
     return torch.einsum("brhnm,brmhd->brnhd", scores.softmax(-1), values)
 
 
-def _chunks(regions: int, heads: int, tokens: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // (heads * tokens * tokens))
+def _chunks(regions: int, elements: int, limit: int) -> list[slice]:
+    """Runs of regions of which each needs ``elements``."""
+    size = max(1, limit // elements)
     return [slice(i, i + size) for i in range(0, regions, size)]
 
 
@@ -149,15 +152,104 @@ def _scores(query: Tensor, key: Tensor, at: Tensor, inside: Tensor | None, scale
     return scores.masked_fill(~inside[at % len(inside)][:, None, None], -torch.inf)
 
 
+def _cpu_kernel_fits(query: Tensor) -> bool:
+    """Whether torch's fused attention of the CPU takes the chunks."""
+    return query.device.type == "cpu" and query.dtype != torch.float16
+
+
+def _cpu_chunks(query: Tensor, index: Tensor) -> list[slice]:
+    tokens, heads, head_dim = query.shape[2:]
+    elements = 2 * index.shape[2] * tokens * heads * head_dim
+    return _chunks(index.shape[0] * index.shape[1], elements, CPU_CHUNK_ELEMENTS)
+
+
+def _copies(x: Tensor, at: Tensor) -> Tensor:
+    """What the regions of a chunk attend to: (B R, heads, n, d) at (c, k) to (c, heads, k n, d)."""
+    return x[at].transpose(1, 2).flatten(2, 3)
+
+
+def _cpu_mask(inside: Tensor | None, at: Tensor, like: Tensor) -> Tensor | None:
+    """(c, 1, n, k n) added to the scores of a chunk, ``None`` where all may be seen."""
+    if inside is None:
+        return None
+    seen = inside[at % len(inside)].flatten(1)[:, None, None].expand(-1, 1, like.shape[2], -1)
+    return like.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
+
+
+def _cpu_forward(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, inside: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Torch's fused attention on a few regions at a time, each with copies that live briefly."""
+    q, k, v = (_flat(x, x.dtype) for x in (query, key, value))
+    places = _flat_index(index)
+    outs, lses = [], []
+    for part in _cpu_chunks(query, index):
+        at = places[part]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[part],
+            _copies(k, at),
+            _copies(v, at),
+            attn_mask=_cpu_mask(inside, at, q),
+            scale=scale,
+        )
+        outs.append(out)
+        lses.append(lse)
+    out = torch.cat(outs).transpose(1, 2).unflatten(0, index.shape[:2])
+    return out.contiguous(), torch.cat(lses).contiguous()
+
+
+def _cpu_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    inside: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    g, q, k, v, o = (_flat(x, x.dtype) for x in (grad, query, key, value, out))
+    places = _flat_index(index)
+    # of a region that many attend to the gradients are added in at least float32
+    dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
+    parts = []
+    for part in _cpu_chunks(query, index):
+        at = places[part]
+        mask = _cpu_mask(inside, at, q)
+        dq, *copies = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            g[part],
+            q[part],
+            _copies(k, at),
+            _copies(v, at),
+            o[part],
+            lse[part],
+            0.0,
+            False,
+            attn_mask=mask,
+            scale=scale,
+        )
+        parts.append(dq)
+        for total, copy in zip((dk, dv), copies, strict=True):
+            copy = copy.unflatten(2, (at.shape[1], -1)).transpose(1, 2).flatten(0, 1)
+            total.index_add_(0, at.flatten(), copy.to(total.dtype))
+
+    def packed(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).unflatten(0, index.shape[:2]).to(query.dtype).contiguous()
+
+    return packed(torch.cat(parts)), packed(dk), packed(dv)
+
+
 def _blocked_forward(
     query: Tensor, key: Tensor, value: Tensor, index: Tensor, inside: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """One region after the other of those that are attended to, with a running maximum and sum."""
     wide = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (_flat(x, wide) for x in (query, key, value))
     places = _flat_index(index)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:-1])
-    for part in _chunks(len(q), q.shape[1], q.shape[2]):
+    for part in _chunks(len(q), q.shape[1] * q.shape[2] ** 2, CHUNK_ELEMENTS):
         top = q.new_full(q[part].shape[:-1], -torch.inf)
         total, mixed = torch.zeros_like(top), torch.zeros_like(q[part])
         for at in places[part].unbind(1):
@@ -175,15 +267,14 @@ def _blocked_forward(
     return out.contiguous(), lse
 
 
-# One region after the other of those that are attended to, with a running maximum and sum: one copy
-# of keys and values is alive at a time, and the backward computes the weights anew. Opaque to the
-# compiler, which would unroll the loops.
+# Opaque to the compiler, which would unroll the loops.
 @torch.library.custom_op("stvision::routed_attention", mutates_args=())
 def _blocked_op(
     query: Tensor, key: Tensor, value: Tensor, index: Tensor, inside: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
-        return _blocked_forward(query, key, value, index, inside, scale)
+        run = _cpu_forward if _cpu_kernel_fits(query) else _blocked_forward
+        return run(query, key, value, index, inside, scale)
 
 
 @_blocked_op.register_fake
@@ -211,7 +302,7 @@ def _blocked_backward(
     places = _flat_index(index)
     shift = (g * o).sum(-1, keepdim=True)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for part in _chunks(len(q), q.shape[1], q.shape[2]):
+    for part in _chunks(len(q), q.shape[1] * q.shape[2] ** 2, CHUNK_ELEMENTS):
         for at in places[part].unbind(1):
             weights = (_scores(q[part], k, at, inside, scale) - lse[part][..., None]).exp()
             dv.index_add_(0, at, weights.mT @ g[part])
@@ -238,7 +329,8 @@ def _blocked_backward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
-        return _blocked_backward(grad, query, key, value, index, inside, out, lse, scale)
+        run = _cpu_backward if _cpu_kernel_fits(query) else _blocked_backward
+        return run(grad, query, key, value, index, inside, out, lse, scale)
 
 
 @_blocked_backward_op.register_fake
@@ -386,8 +478,8 @@ def bilevel_routing_attention(
         padding: of what fills up smaller regions. ``"masked"`` hides it; ``"zeros"`` lets zero
             keys behind H and W take part, as in the authors' second layer (behind T never).
         implementation: ``"flex"`` (FlexAttention with a block mask; compiled on a GPU, without
-            gradients on the CPU), ``"blocked"`` (any device: one copy of keys and values at a
-            time), or ``"gather"`` (the definition, ``topk`` copies). ``None`` takes the first
+            gradients on the CPU), ``"blocked"`` (any device: copies of keys and values for
+            few regions at a time on the CPU, of one region for each elsewhere), or ``"gather"`` (the definition, ``topk`` copies). ``None`` takes the first
             that fits, of the first two, and ``"blocked"`` on the CPU.
 
     Returns:
