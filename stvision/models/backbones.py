@@ -10,6 +10,7 @@ from stvision.models.biformer import BIFORMER_MODELS
 from stvision.models.davit import DAVIT_MODELS
 from stvision.models.halonet import HALONET_MODELS
 from stvision.models.nat import NAT_MODELS
+from stvision.models.selective_s4 import SELECTIVE_S4_MODELS
 
 
 def _nat(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -34,6 +35,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **DAVIT_MODELS,
     **BIFORMER_MODELS,
     **HALONET_MODELS,
+    **SELECTIVE_S4_MODELS,
 }
 
 
