@@ -6,7 +6,7 @@
 
 Shows the first frame of a clip that ships with the project, and its sentence, to the model, and
 writes the prediction as mp4 and GIF, and a strip with the truth above the prediction. With
-``--all``, every clip goes into one gallery of such strips.
+``--all``, every clip goes into one gallery of such strips and into one animated wall.
 """
 
 import argparse
@@ -87,6 +87,27 @@ def predict(pipe: Any, sample: Sample, prompt: str | None, options: argparse.Nam
     return fitted_clip(truth, height, width), output.clips()[0]
 
 
+def wall(pairs: list[tuple["Clip", "Clip"]], columns: int = 4, zoom: int = 2) -> "Clip":
+    """One clip of all pairs, each truth above its prediction, ``columns`` pairs in a row."""
+    import torch
+
+    from stvision.io import Clip
+
+    length = max(len(clip) for pair in pairs for clip in pair)
+    cells = []
+    for pair in pairs:
+        shown = [clip.to_uint8().frames for clip in pair]
+        # a shorter film waits at its last frame
+        held = [torch.cat([x, x[-1:].expand(length - len(x), -1, -1, -1)]) for x in shown]
+        cells.append(torch.cat(held, dim=1))
+    gap = torch.full_like(cells[0], 255)
+    cells += [gap] * (-len(cells) % columns)
+    rows = [torch.cat(cells[i : i + columns], dim=2) for i in range(0, len(cells), columns)]
+    frames = torch.cat(rows, dim=1)
+    frames = frames.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
+    return Clip.from_frames(frames, fps=8.0)
+
+
 def main() -> int:
     """Read the words, predict, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -136,7 +157,11 @@ def run(options: argparse.Namespace) -> list[Path]:
         labels += [(sample.caption or "truth") if options.all else "truth", "prediction"]
     options.out.mkdir(parents=True, exist_ok=True)
     if options.all:
-        return [write_strip(rows, options.out / "predict_gallery.png", labels=labels)]
+        pairs = list(zip(rows[::2], rows[1::2], strict=True))
+        return [
+            write_strip(rows, options.out / "predict_gallery.png", labels=labels),
+            save_clip(wall(pairs), options.out / "predict_gallery.gif"),
+        ]
     return [
         save_clip(rows[1], options.out / "predict.mp4"),
         save_clip(rows[1], options.out / "predict.gif"),

@@ -218,7 +218,13 @@ def test_the_demo_takes_other_clips_and_sentences(demo, clip, capsys):
 
 def test_the_demo_shows_all_clips_in_one_gallery(demo, capsys):
     assert demo("--all") == 0
-    assert [item.name for item in demo.out.iterdir()] == ["predict_gallery.png"]
+    names = sorted(item.name for item in demo.out.iterdir())
+    assert names == ["predict_gallery.gif", "predict_gallery.png"]
+    wall = read_clip(demo.out / "predict_gallery.gif").frames[0].numpy().astype(int)
+    first = read_clip(demo.module.SAMPLES / "first.mp4").frames[0].numpy().astype(int)
+    assert wall.shape == (2 * 2 * 16, 4 * 2 * 16, 3)
+    assert abs(wall[:32:2, :32:2] - first).mean() < 12  # of 256 colours for all
+    assert (wall[:, 64:] == 255).all()  # two of four places are taken
     gallery = pixels(demo.out / "predict_gallery.png")
     assert gallery.shape[0] == 4 * 18 + 2
     assert demo("--all", "--clip", 1) == 2
