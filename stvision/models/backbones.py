@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from stvision.models.biformer import BIFORMER_MODELS
+from stvision.models.convs5 import CONVS5_MODELS
 from stvision.models.davit import DAVIT_MODELS
 from stvision.models.halonet import HALONET_MODELS
 from stvision.models.nat import NAT_MODELS
@@ -36,6 +37,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **BIFORMER_MODELS,
     **HALONET_MODELS,
     **SELECTIVE_S4_MODELS,
+    **CONVS5_MODELS,
 }
 
 
