@@ -373,6 +373,19 @@ def _block_size(tokens: int) -> int:
     return next((size for size in (128, 64) if tokens % size == 0), 128)
 
 
+# Opaque to the compiler: a mask function that reads what its own graph has just computed is
+# compiled wrongly on the CPU (torch 2.13).
+@torch.library.custom_op("stvision::allowed_regions", mutates_args=())
+def _allowed_op(index: Tensor) -> Tensor:
+    allowed = index.new_zeros(*index.shape[:2], index.shape[1], dtype=torch.bool)
+    return allowed.scatter_(2, index, True)
+
+
+@_allowed_op.register_fake
+def _(index: Tensor) -> Tensor:
+    return index.new_empty(*index.shape[:2], index.shape[1], dtype=torch.bool)
+
+
 def routing_block_mask(index: Tensor, tokens: int, inside: Tensor | None) -> Any:
     """The FlexAttention block mask of a routing, for tokens in the order of regions.
 
@@ -386,11 +399,10 @@ def routing_block_mask(index: Tensor, tokens: int, inside: Tensor | None) -> Any
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    batch, regions, _ = index.shape
+    regions = index.shape[1]
     length, block = regions * tokens, _block_size(tokens)
     blocks = -(-length // block)
-    allowed = index.new_zeros(batch, regions, regions, dtype=torch.bool)
-    allowed = allowed.scatter(2, index, True)
+    allowed = _allowed_op(index)
 
     place = torch.arange(blocks * block, device=index.device)
     region = (place // tokens).clamp_max(regions - 1).view(blocks, block)
@@ -437,6 +449,8 @@ def _flex(
     eager = query.device.type == "cpu" or torch.compiler.is_compiling()
     run: Any = flex_attention if eager else _compiled_flex()
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+    if query.device.type == "cpu":  # its compiled template reads the layout under a view
+        q, k, v = (x.contiguous() for x in (q, k, v))
     out = run(q, k, v, block_mask=mask, scale=scale)
     return cast(Tensor, out).transpose(1, 2).unflatten(1, query.shape[1:3])
 

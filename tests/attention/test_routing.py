@@ -367,3 +367,15 @@ def test_flex_on_a_gpu_is_the_definition(grid, region, topk, padding) -> None:
     for name in ("flex", "blocked"):
         for got, wanted in zip(grads[name], grads["gather"], strict=True):
             assert (got - wanted).abs().max() < 5e-3 * wanted.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", ["masked", "zeros"])
+def test_flex_compiled_inside_a_graph_is_the_definition(padding: str) -> None:
+    """The block mask is used only here and on a GPU; eager FlexAttention looks at the dense mask."""
+    tensors = [x.float() for x in inputs(2, 2, 15, 13, 2, 16)]
+    options = {"region": (2, 4, 3), "topk": 3, "padding": padding}
+    wanted = bilevel_routing_attention(*tensors, **options, implementation="gather")
+    torch.compiler.reset()
+    compiled = torch.compile(bilevel_routing_attention, fullgraph=True, dynamic=False)
+    assert (compiled(*tensors, **options, implementation="flex") - wanted).abs().max() < 1e-5
