@@ -1,6 +1,7 @@
 """DaViT against a written-out float64 computation and against timm, in the published key layouts."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,6 +164,19 @@ def test_florence_tower_gives_the_written_out_logits() -> None:
     model = small(florence=True)
     model.load_state_dict(convert_davit_state_dict(florence_layout(state)))
     assert (model(images()) - written_out(state, images(), florence=True)).abs().max() < 1e-10
+
+
+def test_a_tower_is_taken_out_of_its_file(tmp_path: Path) -> None:
+    state = authors_weights(overlap=True)
+    for key in ("norms.weight", "norms.bias", "head.weight", "head.bias"):
+        del state[key]  # as in Florence-2's files
+    torch.save(florence_layout(state), tmp_path / "florence.bin")
+    sizes = {key: value for key, value in SMALL.items() if key != "num_classes"}
+    sizes |= {"window_size": WINDOW}
+    model = DAVIT_MODELS["davit_base_fl"](tmp_path / "florence.bin", **sizes)
+    taken = model.state_dict()
+    assert all(torch.equal(taken[k], v.float()) for k, v in convert_davit_state_dict(state).items())
+    assert isinstance(model.get_classifier(), torch.nn.Identity)
 
 
 @pytest.mark.parametrize("florence", [False, True])
