@@ -8,6 +8,8 @@ of the accumulator of the first product and costs one addition per score.
 
 A head size that is no power of two reads columns of the next head, up to the padded size: the rows
 are zero there, and results are not stored there.
+
+``MASK`` names the axes on which some row of some tile does not see all of a box: 1 (T), 2 (H), 4 (W).
 """
 
 import triton
@@ -31,13 +33,11 @@ SHARED = [
     "srw",
     "srn",
 ]
-QUERY_INTEGERS = [*SHARED, "pad_w", "plane"]
 KEY_INTEGERS = [
     *SHARED,
     "LQT",
     "LQH",
     "LQW",
-    "pad_w",
     "svb",
     "svt",
     "svh",
@@ -84,6 +84,43 @@ def _barred(start, stop, first, column):
 
 
 @triton.jit
+def _bars(
+    MASK: tl.constexpr, start_t, stop_t, t, ct, start_h, stop_h, h, ch, start_w, stop_w, w, cw
+):  # fmt: skip
+    """Sum of :func:`_barred` over the axes in ``MASK``, a sum of 1 (T), 2 (H) and 4 (W), not 0."""
+    if MASK & 4:
+        barred = _barred(start_w, stop_w, w, cw)
+    if MASK & 1:
+        if MASK & 4:
+            barred += _barred(start_t, stop_t, t, ct)
+        else:
+            barred = _barred(start_t, stop_t, t, ct)
+    if MASK & 2:
+        if MASK & 5:
+            barred += _barred(start_h, stop_h, h, ch)
+        else:
+            barred = _barred(start_h, stop_h, h, ch)
+    return barred
+
+
+@triton.jit
+def _settle(x):
+    """``x``, once all products that were started are done.
+
+    Triton lets the last products of a round run on into the next one; where that one begins with a
+    product on a start value, the assembler then runs all products one by one.
+    """
+    return tl.inline_asm_elementwise(
+        "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;",
+        "=r,r",
+        [x],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _next(t, h, w, low_h, low_w, high_h, high_w, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
     """The box after (t, h, w) in row-major order."""
     w += W
@@ -104,7 +141,7 @@ def forward_boxes(
     QT: tl.constexpr, QH: tl.constexpr, QW: tl.constexpr,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of queries of a head; ``scale`` is positive and holds log2(e)."""
     M: tl.constexpr = QT * QH * QW
@@ -141,9 +178,13 @@ def forward_boxes(
     for _ in range(boxes):
         kk = tl.reshape(k.load([batch, t, h, w, kv_head * D]), [N, BD])
         vv = tl.reshape(v.load([batch, t, h, w, kv_head * DV]), [N, BDV])
-        barred = _barred(start_w, stop_w, w, cw) + _barred(start_t, stop_t, t, ct)
-        barred += _barred(start_h, stop_h, h, ch)
-        scores = tl.dot(qq, tl.trans(kk), barred, input_precision=PRECISION)
+        if MASK:
+            barred = _bars(
+                MASK, start_t, stop_t, t, ct, start_h, stop_h, h, ch, start_w, stop_w, w, cw
+            )
+            scores = tl.dot(qq, tl.trans(kk), barred, input_precision=PRECISION)
+        else:
+            scores = tl.dot(qq, tl.trans(kk), input_precision=PRECISION)
         higher = tl.maximum(top, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -153,7 +194,7 @@ def forward_boxes(
         top = higher
         t, h, w = _next(t, h, w, low_h, low_w, high_h, high_w, KT, KH, KW)
     some = total > 0
-    acc = acc / tl.where(some, total, 1.0)[:, None]
+    acc = acc * (1.0 / tl.where(some, total, 1.0))[:, None]
     rows = ((batch.to(tl.int64) * LRT + qt) * LRH + qh) * LRW + qw
     rows = rows * heads + head
     log_total = tl.where(some, (top + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf"))
@@ -165,15 +206,33 @@ def forward_boxes(
     )
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "line", "pad_w", "heads", "plane"])
+@triton.jit
+def _thirds(x, dtype: tl.constexpr):
+    """Three numbers of a short type whose sum is ``x`` to the precision of float32."""
+    high = x.to(dtype)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(dtype)
+    return high, middle, (rest - middle.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _ones(rows: tl.constexpr, first: tl.constexpr, dtype: tl.constexpr):
+    """(rows, 16) that takes the sum of columns ``first`` to ``first + 2`` in a product."""
+    column = tl.arange(0, 16)[None, :] + tl.zeros([rows, 1], tl.int32)
+    return ((column >= first) & (column < first + 3)).to(dtype)
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "heads"])
 def row_sums(
-    out, grad_out, lse, grad_lse, stats, rows, tokens, line, pad_w, heads, plane, factor,
+    out, grad_out, lse, grad_lse, stats, rows, tokens, heads, factor,
     DV: tl.constexpr, BDV: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """What the backward needs of each row, as (2, B, heads, T, H, padded W) float32.
+    """What the backward subtracts in each row, as (B, heads, T, H, W, 8).
 
-    First lse / factor, in the unit of unscaled scores, and plus infinity for rows without a key so
-    that they weigh nothing; then sum(grad_out * out) - grad_lse. ``line`` is W, ``plane`` the numbers of one of the two.
+    Columns 0 to 2 sum to -lse / factor, in the unit of unscaled scores, and far below every score
+    for rows without a key, so that they weigh nothing; columns 3 to 5 to
+    grad_lse - sum(grad_out * out). Split so that a product of 16-bit numbers subtracts them.
+    ``tokens`` is T * H * W.
     """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     real = row < rows
@@ -182,25 +241,42 @@ def row_sums(
     mask = real[:, None] & (dim < DV)[None, :]
     a = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
-    delta = tl.sum(a * b, 1) - tl.load(grad_lse + row, mask=real, other=0.0)
-    log_total = tl.load(lse + row, mask=real, other=0.0) / factor
-    log_total = tl.where(log_total == float("-inf"), float("inf"), log_total)
+    below = tl.load(grad_lse + row, mask=real, other=0.0) - tl.sum(a * b, 1)
+    log_total = tl.load(lse + row, mask=real, other=0.0)
+    # finite: it is multiplied by zero too
+    least = tl.where(log_total == float("-inf"), -1.0e30, -log_total / factor)
     token, head = row // heads, row % heads
-    batch, token = token // tokens, token % tokens
-    to = (batch * heads + head) * (tokens // line * pad_w) + token // line * pad_w + token % line
-    tl.store(stats + to, log_total, mask=real)
-    tl.store(stats + plane + to, delta, mask=real)
+    to = stats + ((token // tokens * heads + head) * tokens + token % tokens) * 8
+    high, middle, low = _thirds(least, stats.dtype.element_ty)
+    tl.store(to, high, mask=real)
+    tl.store(to + 1, middle, mask=real)
+    tl.store(to + 2, low, mask=real)
+    high, middle, low = _thirds(below, stats.dtype.element_ty)
+    tl.store(to + 3, high, mask=real)
+    tl.store(to + 4, middle, mask=real)
+    tl.store(to + 5, low, mask=real)
+    zero = tl.zeros([R], stats.dtype.element_ty)
+    tl.store(to + 6, zero, mask=real)
+    tl.store(to + 7, zero, mask=real)
 
 
-@triton.jit(do_not_specialize=QUERY_INTEGERS)
+@triton.jit
+def _sum3(at, real):
+    """Sum of three neighbouring numbers of each row, in float32."""
+    total = tl.load(at, mask=real, other=0.0).to(tl.float32)
+    total += tl.load(at + 1, mask=real, other=0.0).to(tl.float32)
+    return total + tl.load(at + 2, mask=real, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=SHARED)
 def query_gradient_boxes(
     q, k, v, grad_out, stats, grad_q, bounds,
     n_h, n_w, tiles, heads, groups, scale, factor,
-    LRT, LRH, LRW, pad_w, plane, srb, srt, srh, srw, srn,
+    LRT, LRH, LRW, srb, srt, srh, srw, srn,
     QT: tl.constexpr, QH: tl.constexpr, QW: tl.constexpr,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of queries; ``factor`` is the scale, ``scale`` the same in base 2."""
     M: tl.constexpr = QT * QH * QW
@@ -234,9 +310,8 @@ def query_gradient_boxes(
         mask=real[:, None] & (dim_v < DV)[None, :],
         other=0.0,
     )
-    place = ((copy.to(tl.int64) * LRT + qt) * LRH + qh) * pad_w + qw
-    log_total = tl.load(stats + place, mask=real, other=float("inf"))
-    delta = tl.load(stats + plane + place, mask=real, other=0.0)
+    place = stats + (((copy.to(tl.int64) * LRT + qt) * LRH + qh) * LRW + qw) * 8
+    least, below = _sum3(place, real), _sum3(place + 3, real)
     ct, ch, cw = _three(tl.arange(0, N), KH, KW)
     boxes = tl.cdiv(high_t - low_t, KT) * tl.cdiv(high_h - low_h, KH) * tl.cdiv(high_w - low_w, KW)
     acc = tl.zeros([M, BD], tl.float32)
@@ -245,13 +320,17 @@ def query_gradient_boxes(
         kk = tl.reshape(k.load([batch, t, h, w, kv_head * D]), [N, BD])
         vv = tl.reshape(v.load([batch, t, h, w, kv_head * DV]), [N, BDV])
         # what is subtracted from each row is the start of the sums too
-        barred = (_barred(start_w, stop_w, w, cw) - log_total[:, None]) + _barred(
-            start_t, stop_t, t, ct
-        )
-        barred += _barred(start_h, stop_h, h, ch)
+        if MASK & 4:
+            barred = _barred(start_w, stop_w, w, cw) + least[:, None]
+        else:
+            barred = tl.broadcast_to(least[:, None], [M, N])
+        if MASK & 1:
+            barred += _barred(start_t, stop_t, t, ct)
+        if MASK & 2:
+            barred += _barred(start_h, stop_h, h, ch)
         scores = tl.dot(qq, tl.trans(kk), barred, input_precision=PRECISION)
-        below = tl.broadcast_to(-delta[:, None], [M, N])
-        ds = tl.dot(do, tl.trans(vv), below, input_precision=PRECISION)
+        ds = tl.broadcast_to(below[:, None], [M, N])
+        ds = tl.dot(do, tl.trans(vv), ds, input_precision=PRECISION)
         ds = tl.exp2(scores * scale) * ds
         acc = tl.dot(ds.to(kk.dtype), kk, acc, input_precision=PRECISION)
         t, h, w = _next(t, h, w, low_h, low_w, high_h, high_w, KT, KH, KW)
@@ -264,20 +343,21 @@ def query_gradient_boxes(
 
 @triton.jit(do_not_specialize=KEY_INTEGERS)
 def key_gradient_boxes(
-    q, k, v, grad_out, log_totals, deltas, grad_k, grad_v, grad_q, bounds,
+    q, k, v, grad_out, stats, grad_k, grad_v, grad_q, bounds,
     n_h, n_w, tiles, heads, groups, scale, factor, head0, all_heads,
-    LRT, LRH, LRW, LQT, LQH, LQW, pad_w, srb, srt, srh, srw, srn, svb, svt, svh, svw, svn,
+    LRT, LRH, LRW, LQT, LQH, LQW, srb, srt, srh, srw, srn, svb, svt, svh, svw, svn,
     QT: tl.constexpr, QH: tl.constexpr, QW: tl.constexpr,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, GRAD_Q: tl.constexpr, BULK: tl.constexpr,
+    PRECISION: tl.constexpr, MASK: tl.constexpr,
+    GRAD_Q: tl.constexpr, BULK: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of keys of a KV head; walks the boxes of queries that see the tile.
 
     ``bounds`` are the runs of queries that see a key. Works on ``heads`` of the ``all_heads`` KV
-    heads, from ``head0``. With ``GRAD_Q`` it also adds to the gradient of queries, a zeroed float32
-    (B, T, H, W, heads * groups * D), in the order in which programs come by.
-    With ``BULK`` it does so, and reads the sums of rows, by whole boxes through descriptors.
+    heads, from ``head0``. With ``GRAD_Q`` it also adds to the gradient of queries over ``factor``, a
+    zeroed float32 (B, T, H, W, heads * groups * D), in the order in which programs come by; with
+    ``BULK`` by whole boxes through a descriptor. ``SETTLE`` where products are those of Hopper.
     """
     M: tl.constexpr = QT * QH * QW
     N: tl.constexpr = KT * KH * KW
@@ -309,6 +389,7 @@ def key_gradient_boxes(
         mask=real[:, None] & (dim_v < DV)[None, :],
         other=0.0,
     )
+    least, below = _ones(N, 0, stats.dtype), _ones(N, 3, stats.dtype)
     ct, ch, cw = _three(tl.arange(0, M), QH, QW)
     boxes = tl.maximum(high_t - low_t, 0) * tl.maximum(high_h - low_h, 0)
     boxes = tl.where(boxes * tl.maximum(high_w - low_w, 0) > 0, 1, 0)
@@ -320,42 +401,40 @@ def key_gradient_boxes(
     for _ in range(boxes * groups):
         qq = tl.reshape(q.load([batch, t, h, w, head * D]), [M, BD])
         do = tl.reshape(grad_out.load([batch, t, h, w, head * DV]), [M, BDV])
-        query_copy = batch * all_heads * groups + head
-        if BULK:
-            log_total = tl.reshape(log_totals.load([query_copy, t, h, w]), [M])
-            delta = tl.reshape(deltas.load([query_copy, t, h, w]), [M])
+        row = tl.reshape(stats.load([batch * all_heads * groups + head, t, h, w, 0]), [M, 16])
+        # two narrow products subtract the sums of rows, which here lie along the columns
+        if MASK:
+            barred = _bars(
+                MASK, start_t, stop_t, t, ct, start_h, stop_h, h, ch, start_w, stop_w, w, cw
+            )
+            scores = tl.dot(least, tl.trans(row), barred, input_precision="ieee")
         else:
-            qt, qh, qw = t + ct, h + ch, w + cw
-            inside = (qt < LQT) & (qh < LQH) & (qw < LQW)
-            at = ((query_copy.to(tl.int64) * LQT + qt) * LQH + qh) * pad_w + qw
-            log_total = tl.load(log_totals + at, mask=inside, other=0.0)
-            delta = tl.load(deltas + at, mask=inside, other=0.0)
-        barred = _barred(start_w, stop_w, w, cw) + _barred(start_t, stop_t, t, ct)
-        barred += _barred(start_h, stop_h, h, ch)
-        # as a start of the products these would be waited for: Triton loads ahead only what it uses
-        # after or in a product
-        scores = tl.dot(kk, tl.trans(qq), barred, input_precision=PRECISION)
-        ds = tl.dot(vv, tl.trans(do), input_precision=PRECISION)
-        weights = tl.exp2(scores * scale - (log_total * scale)[None, :])
+            scores = tl.dot(least, tl.trans(row), input_precision="ieee")
+        scores = tl.dot(kk, tl.trans(qq), scores, input_precision=PRECISION)
+        ds = tl.dot(below, tl.trans(row), input_precision="ieee")
+        ds = tl.dot(vv, tl.trans(do), ds, input_precision=PRECISION)
+        weights = tl.exp2(scores * scale)
+        ds = (weights * ds).to(qq.dtype)
         acc_v = tl.dot(weights.to(do.dtype), do, acc_v, input_precision=PRECISION)
-        ds = (weights * (ds - delta[None, :])).to(qq.dtype)
         acc_k = tl.dot(ds, qq, acc_k, input_precision=PRECISION)
         if GRAD_Q:
-            dq = tl.dot(tl.trans(ds), kk, input_precision=PRECISION) * factor
+            dq = tl.dot(tl.trans(ds), kk, input_precision=PRECISION)
             part = head - head0 * groups
             if BULK:
                 grad_q.atomic_add([batch, t, h, w, part * D], tl.reshape(dq, [1, QT, QH, QW, BD]))
             else:
                 qt, qh, qw = t + ct, h + ch, w + cw
                 inside = (qt < LQT) & (qh < LQH) & (qw < LQW)
-                at = ((batch.to(tl.int64) * LQT + qt) * LQH + qh) * LQW + qw
-                at = (at * heads * groups + part) * D
+                place = ((batch.to(tl.int64) * LQT + qt) * LQH + qh) * LQW + qw
+                place = (place * heads * groups + part) * D
                 tl.atomic_add(
-                    grad_q + at[:, None] + dim[None, :],
+                    grad_q + place[:, None] + dim[None, :],
                     dq,
                     mask=inside[:, None] & (dim < D)[None, :],
                     sem="relaxed",
                 )
+        if SETTLE:
+            t = _settle(t)
         t, h, w = _next(t, h, w, low_h, low_w, high_h, high_w, QT, QH, QW)
         last = t >= high_t
         t = tl.where(last, low_t, t)

@@ -14,6 +14,7 @@ from stvision.kernels.neighborhood.choice import interpreted
 from stvision.kernels.neighborhood.triton_tiles import (
     Tiles,
     choose_tiles,
+    cuts,
     on_device,
     runs,
     three_axes,
@@ -140,9 +141,18 @@ def _lean_shapes(
     return triton_config.shapes(kernel, axes, size, q.element_size(), name)
 
 
-def _lean_constants(x: torch.Tensor, v: torch.Tensor, tiles: Tiles, align: int) -> dict[str, Any]:
+def _lean_constants(
+    x: torch.Tensor,
+    v: torch.Tensor,
+    tiles: Tiles,
+    align: int,
+    axes: tuple[Axis, Axis, Axis],
+    of_keys: bool = False,
+) -> dict[str, Any]:
     names = ("QT", "QH", "QW", "KT", "KH", "KW")
     d, dv = x.shape[-1], v.shape[-1]
+    rows, columns = (tiles.key, tiles.query) if of_keys else (tiles.query, tiles.key)
+    cut = [cuts(a, r, c, of_keys) for a, r, c in zip(axes, rows, columns, strict=True)]
     constants = dict(zip(names, (*tiles.query, *tiles.key), strict=True)) | {
         "D": d,
         "DV": dv,
@@ -150,6 +160,7 @@ def _lean_constants(x: torch.Tensor, v: torch.Tensor, tiles: Tiles, align: int) 
         "BDV": _padded(dv),
         "ALIGN": align,
         "PRECISION": _precision(x.dtype),
+        "MASK": cut[0] + 2 * cut[1] + 4 * cut[2],
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
@@ -196,7 +207,7 @@ def _lean_forward(
     if tiles is None:
         return False
     align, strides = _divided(q)
-    constants = _lean_constants(q, v, tiles, align)
+    constants = _lean_constants(q, v, tiles, align, axes)
     boxes = _box(k, tiles.key, constants["BD"]), _box(v, tiles.key, constants["BDV"])
     if None in boxes:
         return False
@@ -247,19 +258,18 @@ def _lean_backward(
         return False
     up = grad_out.view(batch, *grid, heads, dv)
     align, strides = _divided(k, v)
-    constants = _lean_constants(q, v, keys, align)
+    constants = _lean_constants(q, v, keys, align, axes, True)
     walked = _box(q, keys.query, constants["BD"]), _box(up, keys.query, constants["BDV"])
     q_align, q_strides = _divided(q)
-    q_constants = _lean_constants(q, v, queries, q_align)
+    q_constants = _lean_constants(q, v, queries, q_align, axes)
     boxes = _box(k, queries.key, q_constants["BD"]), _box(v, queries.key, q_constants["BDV"])
     if None in walked or (None in boxes and not one_pass):
         return False
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     device = str(q.device)
-    # rows of a tensor map are a multiple of 16 bytes apart
-    pad = -(-grid[2] // 4) * 4
-    stats = torch.empty((2, batch * heads, *grid[:2], pad), dtype=torch.float32, device=q.device)
+    # products of float32 run in the interpreter alone
+    kind = torch.float32 if interpreted() else torch.bfloat16
+    stats = torch.empty((batch * heads, *grid, 1, 8), dtype=kind, device=q.device)
+    sums = _box(stats, keys.query, 16)
     rows = lse.numel()
     block = max(16, min(128, 4096 // constants["BDV"]))
     _launch(
@@ -274,19 +284,14 @@ def _lean_backward(
             stats,
             rows,
             math.prod(grid),
-            grid[2],
-            pad,
             heads,
-            stats[0].numel(),
             scale,
         ),
         {"DV": dv, "BDV": constants["BDV"], "R": block, "num_warps": 4, "num_stages": 1},
     )
-    box = [1, *keys.query]
-    shape = [batch * heads, *grid]
-    # Triton's interpreter has neither bulk sums nor boxes that start anywhere
-    bulk = not interpreted() and d % 4 == 0 and keys.query[2] >= 4
-    totals, deltas = (TensorDescriptor(x, shape, [*x.stride()], box) if bulk else x for x in stats)
+    # Triton's interpreter has no bulk sums
+    bulk = not interpreted() and d % 4 == 0
+    settle = not interpreted() and torch.cuda.get_device_capability(q.device)[0] == 9
     grad_q, grad_k, grad_v = grads
     counts = [-(-n // t) for n, t in zip(k.shape[1:4], keys.key, strict=True)]
     share = kv_heads
@@ -314,8 +319,7 @@ def _lean_backward(
             k,
             v,
             walked[1],
-            totals,
-            deltas,
+            sums,
             grad_k,
             grad_v,
             target,
@@ -331,7 +335,6 @@ def _lean_backward(
             kv_heads,
             *k.shape[1:4],
             *grid,
-            pad,
             *strides,
         )
         _launch(
@@ -339,10 +342,11 @@ def _lean_backward(
             math.prod(counts) * batch * share,
             q.device,
             arguments,
-            constants | {"GRAD_Q": one_pass, "BULK": bulk},
+            constants | {"GRAD_Q": one_pass, "BULK": bulk, "SETTLE": settle},
         )
         if workspace is not None and grad_q6 is not None:
-            grad_q6[..., head0 * groups : (head0 + share) * groups, :] = workspace
+            part = grad_q6[..., head0 * groups : (head0 + share) * groups, :]
+            torch.mul(workspace, scale, out=part)
     if one_pass:
         return True
     counts = [-(-n // t) for n, t in zip(grid, queries.query, strict=True)]
@@ -361,8 +365,6 @@ def _lean_backward(
         scale * LOG2E,
         scale,
         *grid,
-        pad,
-        stats[0].numel(),
         *q_strides,
     )
     _launch(

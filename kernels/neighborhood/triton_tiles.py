@@ -125,6 +125,23 @@ def runs(axes: tuple[Axis, Axis, Axis], of_keys: bool, device: str) -> torch.Ten
     return torch.cat(parts).to(torch.int32).to(device)
 
 
+@lru_cache(maxsize=4096)
+def cuts(axis: Axis, rows: int, columns: int, of_keys: bool) -> bool:
+    """Whether some row of some tile does not see all of a box on this axis; see :func:`runs`.
+
+    Args:
+        axis: the axis, dilation 1.
+        rows: rows of a tile.
+        columns: columns of a box; boxes begin where the first row's run does.
+        of_keys: rows are keys and columns queries.
+    """
+    one = Axis(1, 1, 1)
+    start, stop = runs((one, one, axis), of_keys, "cpu")[4:].view(2, -1)
+    first = torch.arange(len(start)) // rows * rows
+    uneven = bool((start != start[first]).any() | (stop != stop[first]).any())
+    return uneven or bool(((stop - start) % columns).any())
+
+
 @lru_cache(maxsize=64)
 def on_device(
     axes: tuple[Axis, Axis, Axis], tile: tuple[int, int, int], kind: str, device: str

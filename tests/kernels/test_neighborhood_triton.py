@@ -83,6 +83,16 @@ BOX_CASES = {
     "one axis": ((16,), (32,), Problem(5, 1, (37,), 2, 2, 8, 8, {"kernel_size": (6,)})),
     "valid": ((4, 4), (2, 8), CASES["valid"]),
     "other grid": ((2, 8), (4, 4), CASES["other grid"]),
+    "whole boxes": (
+        (4, 4),
+        (4, 4),
+        Problem(10, 2, (8, 12), 2, 1, 16, 16, {"kernel_size": (4, 8), "stride": (4, 4)}),
+    ),
+    "whole on one axis": (
+        (2, 8),
+        (4, 4),
+        Problem(11, 1, (8, 7), 1, 1, 16, 16, {"kernel_size": (8, 3)}),
+    ),
 }
 
 

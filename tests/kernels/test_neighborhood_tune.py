@@ -8,7 +8,7 @@ import torch
 
 from stvision.kernels.neighborhood import triton_config, tune
 from stvision.kernels.neighborhood.problem import build_axes
-from stvision.kernels.neighborhood.triton_tiles import Tiles, runs, three_axes
+from stvision.kernels.neighborhood.triton_tiles import Tiles, cuts, runs, three_axes
 from stvision.kernels.neighborhood.windows import Axis, visible_keys
 
 AXES = three_axes(build_axes((12, 64, 64), (12, 64, 64), kernel_size=(5, 9, 9))[0])
@@ -48,6 +48,39 @@ def test_runs_are_the_visible_pairs(axis: Axis) -> None:
     found = (query >= of_keys[0, :, None]) & (query < of_keys[1, :, None])
     assert torch.equal(found.T, wanted)
     assert bool((of_keys.diff() >= 0).all()) and bool((of_queries.diff() >= 0).all())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("columns", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "axis",
+    [
+        Axis(12, 12, 4, 4),
+        Axis(12, 12, 6, 2),
+        Axis(12, 12, 12),
+        Axis(10, 10, 4, 2),
+        Axis(7, 7, 3),
+        Axis(8, 8, 4, 4, 1, True),
+        Axis(1, 1, 1),
+    ],
+)
+def test_masks_are_left_out_only_where_all_boxes_are_whole(
+    axis: Axis, rows: int, columns: int
+) -> None:
+    seen = torch.zeros(axis.query_length, axis.key_length, dtype=torch.bool)
+    for query in range(axis.query_length):
+        seen[query, list(visible_keys(axis, query))] = True
+    for of_keys, table in ((False, seen), (True, seen.T)):
+        whole = True
+        for first in range(0, len(table), rows):
+            tile = table[first : first + rows]
+            union = tile.any(0).nonzero().flatten().tolist()
+            for low in range(union[0], union[-1] + 1, columns):
+                box = torch.zeros(len(tile), columns, dtype=torch.bool)
+                part = tile[:, low : low + columns]
+                box[:, : part.shape[1]] = part
+                whole &= bool(box.all())
+        assert cuts(axis, rows, columns, of_keys) == (not whole)
 
 
 @pytest.mark.parametrize("kernel", triton_config.KERNELS)
