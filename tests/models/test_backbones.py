@@ -48,6 +48,7 @@ SMALL: dict[str, tuple[Callable[..., nn.Module], dict]] = {
             "stem": (8,),
             "bottleneck": 0.5,
             "gate": "eca",
+            "act": "silu",  # smooth, for differences
             "ela": "small",
             "block_size": 3,
             "halo_size": 1,
