@@ -84,6 +84,22 @@ def choose_gl() -> str:
     return os.environ["MUJOCO_GL"]
 
 
+def _no_opengl(error: Exception) -> RuntimeError:
+    return RuntimeError(
+        f"no OpenGL context with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); set MUJOCO_GL to "
+        "egl (GPU driver and libEGL), osmesa (libOSMesa) or glfw (a display)"
+    )
+
+
+def _load_mujoco() -> Any:
+    try:
+        return require("mujoco", extra="sim")
+    except ImportError:
+        raise
+    except Exception as error:  # the platform's library is absent, and each fails in its own way
+        raise _no_opengl(error) from error
+
+
 @dataclass(frozen=True)
 class Settings:
     """What decides how an episode looks; a folder holds episodes of one setting only.
@@ -160,10 +176,10 @@ class Simulator:
 
     def __init__(self, task: str, settings: Settings) -> None:
         choose_gl()
+        self._mujoco = _load_mujoco()
         require("metaworld", extra="sim")
         env_dict = require("metaworld.env_dict", extra="sim")
         self._policies = require("metaworld.policies", extra="sim").ENV_POLICY_MAP
-        self._mujoco = require("mujoco", extra="sim")
         self.task, self.settings = task, settings
         classes = env_dict.ALL_V3_ENVIRONMENTS
         if task not in classes:
@@ -313,10 +329,7 @@ class Simulator:
         try:
             return self._mujoco.Renderer(model, height, width)
         except Exception as error:  # each platform fails in its own way
-            raise RuntimeError(
-                f"no OpenGL context with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); set "
-                "MUJOCO_GL to egl (GPU driver and libEGL), osmesa (libOSMesa) or glfw (a display)"
-            ) from error
+            raise _no_opengl(error) from error
 
     def picture(self, episode: Episode, steps: Sequence[int], camera: str) -> np.ndarray:
         """Pictures of chosen steps of an episode that this simulator has just played.

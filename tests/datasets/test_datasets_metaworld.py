@@ -85,6 +85,28 @@ def test_tasks_of_a_scene_begin_alike_and_end_apart(simulators) -> None:
     assert np.abs(opened.poses[-1][0] - closed.poses[-1][0]).max() > 0.1
 
 
+def test_a_platform_that_does_not_load_is_named(tmp_path: Path) -> None:
+    """MuJoCo's own import raises whatever the missing library left behind."""
+    if find_spec("metaworld") is None:
+        pytest.skip("needs the 'sim' extra (metaworld)")
+    (tmp_path / "mujoco").mkdir()
+    fault = "raise AttributeError(\"'NoneType' object has no attribute 'glGetError'\")\n"
+    (tmp_path / "mujoco" / "__init__.py").write_text(fault)
+    code = (
+        "from stvision.datasets.metaworld_simulator import Settings, Simulator\n"
+        "try:\n    Simulator('drawer-open-v3', Settings(cameras=('workspace',), height=32, width=32))\n"
+        "except RuntimeError as error:\n    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MUJOCO_GL": "osmesa"},
+    )
+    assert "no OpenGL context with MUJOCO_GL=osmesa ('NoneType' object" in done.stdout
+
+
 def test_render_resumes_and_indexes(tmp_path: Path) -> None:
     needs_simulator()
     arguments = {
