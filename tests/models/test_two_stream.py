@@ -1,0 +1,152 @@
+"""Two-stream model: features beside one another, frozen backbones, flow stacks, averaged scores."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stvision.models.two_stream import TwoStream, image_features, stack_flow
+
+
+class Pool(nn.Module):
+    """Mean colours through a linear layer and a batch norm: (N, C, H, W) to (N, D)."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(channels, dim), nn.BatchNorm1d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.fc(x.mean((2, 3))))
+
+
+def model(head: str = "ts-lstm", flow: bool = True, **options: object) -> TwoStream:
+    torch.manual_seed(0)
+    return TwoStream(
+        Pool(3, 4),
+        head,
+        5,
+        flow_backbone=Pool(6, 3) if flow else None,
+        flow_chans=6,
+        dim=7 if flow else 4,
+        **options,
+    ).eval()
+
+
+def clips(frames: int = 25) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    sizes = ((2, 3, frames, 6, 5), (2, 6, frames, 4, 4))
+    return tuple(torch.randn(s, generator=g) for s in sizes)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("head", ["ts-lstm", "temporal-inception"])
+def test_features_of_both_streams_stand_side_by_side(head: str) -> None:
+    net, (x, flow) = model(head), clips()
+    features = net.forward_features(x, flow)
+    for t in (0, 17):
+        wanted = torch.cat([net.backbone(x[:, :, t]), net.flow_backbone(flow[:, :, t])], 1)
+        assert torch.allclose(features[:, t], wanted, atol=1e-6)
+    assert torch.equal(net(x, flow), net.head(features))
+    assert model(head, flow=False)(x).shape == (2, 5)
+
+
+def test_frozen_backbones_learn_nothing_and_keep_their_statistics() -> None:
+    net, (x, flow) = model().train(), clips()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    net(x, flow).square().sum().backward()
+    assert all(p.grad is None for p in net.backbone.parameters())
+    assert all(p.grad is not None for p in net.head.parameters())
+    after = net.state_dict()
+    assert all(torch.equal(after[k], before[k]) for k in before if "backbone" in k)
+    free = model(frozen=False).train()
+    free(x, flow).square().sum().backward()
+    assert all(p.grad is not None for p in free.parameters())
+    assert int(free.backbone.norm.num_batches_tracked) == 1
+
+
+def test_flow_is_stacked_from_each_frame_on() -> None:
+    flow = torch.randn(2, 2, 5, 3, 4)
+    stacked = stack_flow(flow, 3)
+    for t in range(5):
+        for k in range(3):
+            wanted = flow[:, :, min(t + k, 4)]
+            assert torch.equal(stacked[:, 2 * k : 2 * k + 2, t], wanted)
+    with pytest.raises(ValueError, match=r"flow must be \(B, 2, T, H, W\)"):
+        stack_flow(flow[:, :1])
+
+
+def test_scores_are_averaged_over_clips() -> None:
+    net, (x, flow) = model(), clips()
+    wanted = (net(x, flow).softmax(-1) + net(x.flip(-1), -flow).softmax(-1)) / 2
+    got = net.predict([x, x.flip(-1)], [flow, -flow])
+    assert torch.allclose(got, wanted, atol=1e-6)
+    assert torch.allclose(got.sum(-1), torch.ones(2))
+
+
+def test_classifier_is_replaced() -> None:
+    net, (x, flow) = model().double(), clips()
+    net.reset_classifier(3)
+    assert net(x.double(), flow.double()).shape == (2, 3) and net.num_classes == 3
+    net.reset_classifier(0)
+    assert net(x.double(), flow.double()).shape == (2, net.head_hidden_size)
+
+
+def test_backbone_of_this_project() -> None:
+    sizes = "stvision:davit_tiny"
+    net, dim = image_features(sizes, in_chans=2)
+    assert dim == 768 and net.get_classifier() is not None
+    with torch.no_grad():
+        assert net(torch.randn(1, 2, 32, 32)).shape == (1, 768)
+
+
+@pytest.mark.parametrize("channels", [3, 20])
+def test_backbones_of_timm(channels: int) -> None:
+    pytest.importorskip("timm", reason="timm (extra `vision`) is missing")
+    net, dim = image_features("timm:resnet18", in_chans=channels)
+    with torch.no_grad():
+        assert net.eval()(torch.randn(1, channels, 40, 40)).shape == (1, dim) == (1, 512)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_backbones_of_torchvision(name: str) -> None:
+    models = pytest.importorskip("torchvision.models", reason="torchvision is missing")
+    torch.manual_seed(0)
+    peer = models.get_model(name).eval()
+    torch.manual_seed(0)
+    net, dim = image_features(f"torchvision:{name}")
+    last = [m for m in peer.modules() if isinstance(m, nn.Linear)][-1]
+    x = torch.randn(1, 3, 40, 40)
+    with torch.no_grad():
+        features = net.eval()(x)
+        assert features.shape == (1, dim)
+        assert torch.allclose(last(features), peer(x), atol=1e-5)
+    wide, _ = image_features(f"torchvision:{name}", in_chans=20)
+    with torch.no_grad():
+        assert wide.eval()(torch.randn(1, 20, 40, 40)).shape == (1, dim)
+
+
+def test_compiles_and_autocasts() -> None:
+    net, (x, flow) = model("temporal-inception"), clips()
+    wanted = net(x, flow)
+    torch.compiler.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=False)
+    assert torch.allclose(compiled(x, flow), wanted, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (net(x, flow).float() - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+def test_bad_input() -> None:
+    net, (x, flow) = model(), clips()
+    calls = [
+        (lambda: net(x), "this model needs flow"),
+        (lambda: model(flow=False)(x, flow), "this model takes no flow"),
+        (lambda: net(x[:, :2], flow), r"x must be \(B, 3, T, H, W\)"),
+        (lambda: net(x, flow[:, :, :9]), "one batch and number of frames"),
+        (lambda: net.predict([]), "clips must not be empty"),
+        (lambda: TwoStream(Pool(3, 4)), "dim must be the backbones' features"),
+        (lambda: TwoStream(Pool(3, 4), "lstm", dim=4), "head must be one of .*ts-lstm"),
+        (lambda: image_features("resnet18"), "backbone must be one of stvision:NAME"),
+        (lambda: image_features("stvision:davit_tiny", True), "must name its weights"),
+        (lambda: net.reset_classifier(-1), "num_classes must be at least 0"),
+    ]
+    for call, message in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
