@@ -23,9 +23,6 @@ from stvision.kernels.neighborhood.windows import Axis
 
 LOG2E = math.log2(math.e)
 
-#: gradients in one pass, where nothing asks for bit-equal repeats
-ONE_PASS = True
-
 #: largest float32 sum of the one-pass backward, over the bytes of all its other tensors
 WORKSPACE_SHARE = 0.07
 
@@ -523,7 +520,7 @@ def backward(
 
     With ``deterministic`` all of them repeat bit by bit; a call with ``rpb`` then runs its backward
     on the blocked path. Else that of ``rpb``, and on GPUs with a tensor memory unit that of
-    ``query``, are sums in the order in which programs come by. ``boxes=False`` keeps to the kernels
+    ``query``, may be sums in the order in which programs come by. ``boxes=False`` keeps to the kernels
     that load through pointers.
     """
     if rpb is not None and deterministic:
@@ -543,11 +540,11 @@ def backward(
     q, k, v = _grid3(query), _grid3(key), _grid3(value)
     filled = three_axes(axes)
     grads = grad_q, grad_k, grad_v
-    rank, one_pass = len(axes), ONE_PASS and not deterministic
+    rank = len(axes)
     if boxes is not False and _is_lean(query, rpb, key_mask, axes, scale):
         given = (grad_out, grad_lse, q, k, v, out, lse, grads, filled, scale, tile, rank)
         # the kernel of one pass needs the most memory
-        if (one_pass and _fits(_lean_backward, *given, True)) or _fits(
+        if (not deterministic and _fits(_lean_backward, *given, True)) or _fits(
             _lean_backward, *given, False
         ):
             return *grads, None

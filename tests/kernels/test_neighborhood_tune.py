@@ -126,6 +126,18 @@ def test_cache_forced_and_shipped_shapes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert triton_config.shapes("forward", AXES, 64, 2, "A GPU") == shipped
 
 
+def test_one_pass_only_where_it_was_measured() -> None:
+    key = triton_config.problem_key("once", AXES, 64, 2)
+    assert triton_config.shapes("once", AXES, 64, 2, "A GPU") is None
+    tuned = Tiles((2, 4, 8), (1, 8, 16), 8, 3)
+    triton_config.save("A GPU", key, tuned)
+    assert triton_config.shapes("once", AXES, 64, 2, "A GPU") == tuned
+    triton_config.save("A GPU", key, None)
+    assert triton_config.shapes("once", AXES, 64, 2, "A GPU") is None
+    with triton_config.forced(once=tuned):
+        assert triton_config.shapes("once", AXES, 64, 2, "A GPU") == tuned
+
+
 def test_variants_hold_the_favourite_of_the_model() -> None:
     problem = tune.Problem(1, (12, 64, 64), 8, 64, (5, 9, 9))
     for kernel in triton_config.KERNELS:
