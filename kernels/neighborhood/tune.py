@@ -1,4 +1,4 @@
-"""``python -m stvision.kernels.neighborhood.tune``: find the fastest shapes for a problem, keep them.
+"""``stvision tune``: find the fastest shapes for a problem, keep them.
 
 Times the candidates of the model on this GPU and writes the best to the cache, from where every
 later call with the same grid, window and head size takes them.
@@ -251,7 +251,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m stvision.kernels.neighborhood.tune",
+        prog="stvision tune",
         description="Find the fastest kernel shapes for a problem on this GPU and keep them.",
     )
     parser.add_argument("--grid", type=numbers, required=True, help="tokens per axis: 30,48,80")

@@ -7,6 +7,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("stvision.cli.convert", "turn published weights into a pipeline folder"),
     "data": ("stvision.cli.data", "render or inspect a set of clips"),
     "eval": ("stvision.cli.eval", "score predictions against real clips"),
+    "tune": ("stvision.cli.tune", "find the fastest attention kernel shapes for a problem"),
     "env": ("stvision.cli.env", "show versions, devices and what each optional backend says"),
 }
 

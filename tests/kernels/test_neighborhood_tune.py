@@ -146,6 +146,14 @@ def test_variants_hold_the_favourite_of_the_model() -> None:
         assert any((t.query, t.key) == (best.query, best.key) for t in found)
 
 
+def test_command_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    from stvision.cli.main import main
+
+    sizes = ["--heads", "2", "--head-dim", "64"]
+    assert main(["tune", "--grid", "4,4", "--window", "7", *sizes]) == 2
+    assert "kernel_size 7 is larger than axis 0 (height)" in capsys.readouterr().err
+
+
 def test_command_refuses_bad_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--heads", "2", "--head-dim", "64"]
     assert tune.main(["--grid", "4,4", "--window", "7", *sizes]) == 2
