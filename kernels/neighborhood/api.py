@@ -123,7 +123,8 @@ def _prepare(
     if rpb is not None:
         check_rpb(rpb, axes)
     for axis, inner in enumerate(kept, start=1):
-        query = query.narrow(axis, inner.start, inner.stop - inner.start)
+        if inner.stop - inner.start < query.shape[axis]:
+            query = query.narrow(axis, inner.start, inner.stop - inner.start)
     inputs = (query, key, value, rpb, additional_keys, additional_values)
     request = Request(
         device=query.device,

@@ -177,7 +177,7 @@ def candidates(
         for row, column in product(
             _shapes(rows, axes, of_keys), _shapes(columns, axes, not of_keys)
         ):
-            if max(*row, *column) > 256 or (of_keys and column[2] < 4):
+            if max(*row, *column) > 256:
                 continue
             cost = price * math.prod(
                 _work(axis, r, c, of_keys) for axis, r, c in zip(axes, row, column, strict=True)
