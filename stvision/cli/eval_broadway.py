@@ -2,14 +2,17 @@
 
 import json as json_module
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from stvision.cli.options import says_its_defaults
+from stvision.cli import predictions
+from stvision.cli.devices import choose_device
+from stvision.cli.options import says_its_defaults, shows_last
+from stvision.cli.predictions import PredictionOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,8 +41,9 @@ _OPTIONS = ("alpha", "beta", "tau", "fraction")
 
 
 @says_its_defaults
-@dataclass
-class BroadWayTable:
+@shows_last(*predictions.LAST)
+@dataclass(kw_only=True)
+class BroadWayTable(PredictionOptions):
     """Predict held-out clips without BroadWay and with several of its settings, and compare.
 
     Predictions and energies are kept under OUT/predictions, so a stopped run goes on where it was.
@@ -47,69 +51,27 @@ class BroadWayTable:
     in OUT/pairs.
     """
 
-    data: Path
-    """Folder of clips with an index (path, caption, task, scene, split ...)."""
-
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("broadway")
     """Folder for predictions and results."""
 
     model: str = "default"
     """"default" for the pipeline that ships, a folder, or a hub name."""
 
-    settings: tuple[str, ...] = SETTINGS
-    """Settings as NAME=OPTIONS, such as "mine=animatediff,beta:1.2" or "mild=alpha:0.3,beta:1.1";
-    options are alpha, beta, tau, fraction."""
-
     classifier: str | None = "default"
     """Action classifier: "default" for the one that ships, a folder, or None for no accuracy."""
-
-    index: str | None = None
-    """Index file inside the data folder (default: the reader's own)."""
-
-    split: str | None = "test"
-    """Split to take clips from; None for all."""
 
     clips: int = 100
     """How many clips, spread evenly over the tasks."""
 
-    num_frames: int | None = None
-    """Length of the clips, reference frames included (default: as the model was trained)."""
-
-    num_reference_frames: int | None = None
-    """Leading frames given to the model (default: as it was trained)."""
-
-    size: tuple[int, int] | None = None
-    """Height and width in pixels (default: as the model was trained)."""
-
-    num_inference_steps: Annotated[int | None, tyro.conf.arg(aliases=["--steps"])] = None
-    """Denoising steps (default: the model's own)."""
-
-    guidance_scale: Annotated[float | None, tyro.conf.arg(aliases=["--guidance"])] = None
-    """Weight of guidance by the sentence (default: the model's own)."""
+    settings: tuple[str, ...] = SETTINGS
+    """Settings as NAME=OPTIONS, such as "mine=animatediff,beta:1.2" or "mild=alpha:0.3,beta:1.1";
+    options are alpha, beta, tau, fraction."""
 
     flow: Literal["auto", "farneback", "raft"] = "auto"
     """Optical flow: RAFT when torchvision and its weights are on this machine, else Farneback."""
 
-    lpips: bool = True
-    """Score shift-tolerant LPIPS (needs the distribution stlpips-pytorch)."""
-
     pairs: int = 4
     """How many clips of each setting are written beside the plain ones as videos."""
-
-    batch_size: int = 32
-    """Clips predicted at a time."""
-
-    seed: int = 0
-    """Seed of the noise."""
-
-    device: str | None = None
-    """"cpu", "cuda", "cuda:1" ... (default: a GPU when there is one)."""
-
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision of the pipeline."""
-
-    json: bool = False
-    """Print the summary as one JSON object instead of the table."""
 
 
 def parse_settings(words: tuple[str, ...]) -> "dict[str, BroadWay]":
@@ -151,48 +113,32 @@ def parse_settings(words: tuple[str, ...]) -> "dict[str, BroadWay]":
 
 def run_broadway(command: BroadWayTable) -> int:
     """Predict what is not there yet, measure, write, print."""
-    if command.clips < 2:
-        raise ValueError(f"--clips must be at least 2, got {command.clips}")
-    if not command.data.is_dir():
-        raise FileNotFoundError(f"no data folder at {str(command.data)!r}")
+    predictions.check_options(command)
     settings = parse_settings(command.settings)
 
-    import torch
     from tqdm import tqdm
 
-    from stvision.cli import eval as machinery
     from stvision.eval.metrics import ShiftTolerantLPIPS
-    from stvision.eval.metrics.lpips import MIN_SIDE
     from stvision.eval.motion import choose_flow, measure_motion
-    from stvision.eval.predict import PredictionCase, evaluate_predictions
+    from stvision.eval.predict import evaluate_predictions
     from stvision.guidance import BroadWay
-    from stvision.pipelines.seer import SeerPipeline
 
     # 1. Everything that can be missing is loaded before hours of prediction
-    device = machinery._device(command.device)
+    device = str(choose_device(command.device))
     flow = choose_flow(command.flow)
     classifier = None
     if command.classifier is not None:
-        classifier = machinery.load_classifier(command.classifier).to(device)
+        classifier = predictions.load_classifier(command.classifier).to(device)
     perceptual = ShiftTolerantLPIPS().to(device) if command.lpips else None
-    pipeline = SeerPipeline.from_pretrained(command.model, dtype=getattr(torch, command.dtype))
-    pipeline.set_progress_bar_config(disable=True)
-    weights = machinery._fingerprint(pipeline)
+    pipeline = predictions.load_pipeline(command.model, command.dtype)
+    weights = predictions.fingerprint(pipeline)
     for options in settings.values():
         options.check(pipeline)
 
     # 2. Clips, at the length and size of the model
-    height, width, length = pipeline.default_size()
-    length = command.num_frames or length
-    height, width = command.size or (height, width)
-    references = command.num_reference_frames or pipeline.config["num_reference_frames"]
-    if command.lpips and min(height, width) < MIN_SIDE:
-        raise ValueError(
-            f"LPIPS needs frames of at least {MIN_SIDE} pixels, these have {height}x{width}; "
-            "give --no-lpips"
-        )
-    dataset = machinery.open_data(command, length, (height, width))
-    choice = machinery._choose(dataset, command.clips, length)
+    shape = predictions.choose_shape(command, pipeline)
+    dataset = predictions.open_data(command, shape)
+    choice = predictions.choose_clips(command, dataset, shape)
     items = choice.items
     texts = {item.key: item.text for item in items}
 
@@ -202,21 +148,13 @@ def run_broadway(command: BroadWayTable) -> int:
     neutral = BroadWay(alpha=0, beta=1, fraction=MEASURED)
     columns: dict[str, BroadWay | None] = {PLAIN: None, **settings}
     for column, used in columns.items():
-        store = machinery._Store(
-            command.out / "predictions" / re.sub(r"[^\w.-]", "-", column),
-            {
-                "model": command.model,
-                "weights": weights,
-                "data": str(command.data),
-                "num_frames": length,
-                "size": [height, width],
-                "num_reference_frames": references,
-                "num_inference_steps": command.num_inference_steps,
-                "guidance_scale": command.guidance_scale,
-                "seed": command.seed,
-                "dtype": command.dtype,
-                "broadway": None if used is None else _plain(used),
-            },
+        store = predictions.open_store(
+            command,
+            re.sub(r"[^\w.-]", "-", column),
+            model=command.model,
+            weights=weights,
+            shape=shape,
+            broadway=None if used is None else _plain(used),
         )
         stores[column] = store
         energies[column] = _Energies(store.folder / "energies.json")
@@ -231,10 +169,9 @@ def run_broadway(command: BroadWayTable) -> int:
                         pipeline.disable_broadway()
                     else:
                         pipeline.enable_broadway(call)
-                    kept: Any = store if call is not neutral else _Nowhere()
-                    machinery._predict(
-                        pipeline, dataset, batch, texts, kept, command, references, length
-                    )
+                    save: Callable[[str, Tensor], object]
+                    save = _forget if call is neutral else store.save
+                    predictions.predict_batch(command, pipeline, dataset, batch, texts, shape, save)
                     if call is not None:
                         energies[column].add(keys, _energy(pipeline, keys))
                 bar.update(len(batch))
@@ -242,16 +179,10 @@ def run_broadway(command: BroadWayTable) -> int:
     pipeline.to("cpu")
 
     # 4. Scores
-    def cases() -> "Iterator[PredictionCase]":
-        for item in items:
-            predictions = {name: store.load(item.key) for name, store in stores.items()}
-            truth = dataset[item.number].frames
-            yield PredictionCase(item.key, truth, item.task, item.scene, predictions)
-
     with tqdm(total=len(items), desc="scoring") as bar:
         report = evaluate_predictions(
-            cases(),
-            num_reference_frames=references,
+            predictions.stored_cases(dataset, items, stores),
+            num_reference_frames=shape.num_reference_frames,
             scene_tasks=choice.scene_tasks,
             classifier=classifier,
             lpips=perceptual,
@@ -291,10 +222,10 @@ def run_broadway(command: BroadWayTable) -> int:
         "split": command.split,
         "clips": len(items),
         "clips in the motion figures": len(whole),
-        "frames": length,
-        "height": height,
-        "width": width,
-        "steps": command.num_inference_steps or pipeline.config["num_inference_steps"],
+        "frames": shape.num_frames,
+        "height": shape.height,
+        "width": shape.width,
+        "steps": predictions.steps_used(command, pipeline),
         "seed": command.seed,
         "precision": command.dtype,
         "optical flow": flow,
@@ -320,11 +251,9 @@ def _plain(options: "BroadWay") -> dict[str, Any]:
     return json_module.loads(json_module.dumps(asdict(options)))
 
 
-class _Nowhere:
-    """Takes predictions and keeps none."""
-
-    def save(self, key: str, frames: "Tensor") -> None:
-        del key, frames
+def _forget(key: str, frames: "Tensor") -> None:
+    """Keep no prediction: the call was made for its energies."""
+    del key, frames
 
 
 class _Energies:

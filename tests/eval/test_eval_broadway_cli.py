@@ -8,9 +8,10 @@ import pytest
 import torch
 from support_seer import tiny_seer_pipeline
 
-from stvision.cli import eval as eval_command
+from stvision.cli import predictions
 from stvision.cli.eval_broadway import SETTINGS, parse_settings
 from stvision.cli.main import main
+from stvision.eval.choice import choose_clips
 from stvision.guidance import PRESETS, BroadWay
 from stvision.io import read_clip
 from stvision.models.action import ActionClassifier
@@ -53,7 +54,7 @@ def world(tmp_path, monkeypatch):
     classifier = ActionClassifier([*TASKS, "reach-v3"], widths=[8], depth=1)
     classifier.save_pretrained(tmp_path / "classifier")
     (tmp_path / "data").mkdir()
-    monkeypatch.setattr(eval_command, "open_data", lambda command, frames, size: Records())
+    monkeypatch.setattr(predictions, "open_data", lambda command, shape: Records())
     words = ["eval", "broadway", "--data", tmp_path / "data", "--out", tmp_path / "out"]
     words += ["--model", tmp_path / "pipeline", "--classifier", tmp_path / "classifier"]
     words += ["--clips", 4, "--batch-size", 3, "--no-lpips", "--device", "cpu", "--pairs", 1]
@@ -64,13 +65,13 @@ def world(tmp_path, monkeypatch):
 def test_table_of_settings_resumes_and_holds_what_was_measured(world, monkeypatch, capsys):
     folder, words = world
     calls = []
-    original = eval_command._predict
+    original = predictions.predict_batch
 
-    def counted(pipeline, dataset, batch, *rest):
+    def counted(command, pipeline, dataset, batch, *rest):
         calls.append((len(batch), pipeline._broadway))
-        return original(pipeline, dataset, batch, *rest)
+        return original(command, pipeline, dataset, batch, *rest)
 
-    monkeypatch.setattr(eval_command, "_predict", counted)
+    monkeypatch.setattr(predictions, "predict_batch", counted)
     assert main([*words, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     # the plain model twice (prediction, energies), each setting once, in batches of 3 and 1
@@ -100,12 +101,13 @@ def test_table_of_settings_resumes_and_holds_what_was_measured(world, monkeypatc
     pipe = SeerPipeline.from_pretrained(folder / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     pipe.enable_broadway("animatediff", beta=1.3)
-    monkeypatch.setattr(eval_command, "_predict", original)
-    store = SimpleNamespace(save=lambda key, frames: None)
-    choice = eval_command._choose(Records(), 4, 5)
+    monkeypatch.setattr(predictions, "predict_batch", original)
+    choice = choose_clips(Records(), 4, 5)
     command = SimpleNamespace(num_inference_steps=None, guidance_scale=None, seed=0)
     item = choice.items[2]
-    original(pipe, Records(), [item], {item.key: item.text}, store, command, 2, 5)
+    shape = predictions.ClipShape(5, 16, 16, 2)
+    texts = {item.key: item.text}
+    original(command, pipe, Records(), [item], texts, shape, lambda key, frames: None)
     records = pipe.broadway_run.records
     assert {r.step for r in records} == {0, 1}
     energy = np.mean([float(r.after) for r in records])
@@ -115,7 +117,7 @@ def test_table_of_settings_resumes_and_holds_what_was_measured(world, monkeypatc
     assert pair.frames.shape[1:3] == (16, 16 + 4 + 16)
 
     # what is there is not made again; what is gone is
-    monkeypatch.setattr(eval_command, "_predict", counted)
+    monkeypatch.setattr(predictions, "predict_batch", counted)
     calls.clear()
     next((folder / "out" / "predictions" / "too-much").glob("*.npy")).unlink()
     assert main(words) == 0

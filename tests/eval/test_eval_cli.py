@@ -10,9 +10,13 @@ from PIL import Image
 from support_seer import tiny_seer_pipeline
 
 from stvision.cli import eval as eval_command
+from stvision.cli import predictions
 from stvision.cli.main import main
+from stvision.eval.choice import choose_clips
+from stvision.eval.store import PredictionStore
 from stvision.io import Clip, save_clip
 from stvision.models.action import ActionClassifier
+from stvision.pipelines.seer import SeerPipeline
 
 TASKS = {
     "door-open-v3": "open the door",
@@ -61,7 +65,7 @@ def world(tmp_path, monkeypatch):
     classifier = ActionClassifier([*TASKS, "reach-v3"], widths=[8], depth=1)
     classifier.save_pretrained(tmp_path / "classifier")
     (tmp_path / "data").mkdir()
-    monkeypatch.setattr(eval_command, "open_data", lambda command, frames, size: Records())
+    monkeypatch.setattr(predictions, "open_data", lambda command, shape: Records())
     words = ["eval", "predict", "--data", tmp_path / "data", "--out", tmp_path / "out"]
     words += ["--model", tmp_path / "pipeline", "--classifier", tmp_path / "classifier"]
     words += ["--clips", 4, "--batch-size", 3, "--no-lpips", "--device", "cpu", "--worst", 2]
@@ -71,11 +75,11 @@ def world(tmp_path, monkeypatch):
 def test_predict_scores_resumes_and_writes(world, monkeypatch, capsys):
     folder, words = world
     calls = []
-    original = eval_command._predict
+    original = predictions.predict_batch
     monkeypatch.setattr(
-        eval_command,
-        "_predict",
-        lambda *args: (calls.append([item.key for item in args[2]]), original(*args)),
+        predictions,
+        "predict_batch",
+        lambda *args: (calls.append([item.key for item in args[3]]), original(*args)),
     )
     assert main([*words, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -112,15 +116,42 @@ def test_predict_scores_resumes_and_writes(world, monkeypatch, capsys):
     )
 
 
+def test_results_tell_steps_spacing_and_guidance_of_each_model(world):
+    folder, words = world
+    words += ["--no-shuffled", "--classifier", "None", "--clips", "2"]
+
+    def told(*changes):
+        out = folder / f"told{len(changes)}"
+        assert main([*words, "--out", str(out), *changes]) == 0
+        protocol = json.loads((out / "results.json").read_text())["protocol"]
+        return [protocol[name] for name in ("steps", "spacing of the steps", "guidance scale")]
+
+    model = SeerPipeline.from_pretrained(folder / "pipeline")
+    config, spacing = model.config, model.scheduler.config["timestep_spacing"]
+    assert told() == [config["num_inference_steps"], spacing, config["guidance_scale"]]
+
+    other = tiny_seer_pipeline(num_inference_steps=config["num_inference_steps"] + 1)
+    assert spacing != "linspace"
+    other.scheduler.register_to_config(timestep_spacing="linspace")
+    other.save_pretrained(folder / "other")
+    baseline = ["--baseline", str(folder / "other"), "--baseline-name", "other"]
+    assert told(*baseline) == [
+        {"model": config["num_inference_steps"], "other": config["num_inference_steps"] + 1},
+        {"model": spacing, "other": "linspace"},
+        config["guidance_scale"],
+    ]
+    assert told(*baseline, "--steps", "2", "--guidance", "0")[::2] == [2, 0]
+
+
 def test_only_clips_that_are_taken_are_decoded():
     data = Records()
-    choice = eval_command._choose(data, 2, 5)
+    choice = choose_clips(data, 2, 5)
     # one of each task in turn, by name: close (clips 1 and the broken 4), open (0, 3), push (2)
     assert [item.number for item in choice.items] == data.asked == [1, 0]
     assert choice.sentences == {task: [text] for task, text in TASKS.items()}
     assert choice.scene_tasks["door"] == ["door-open-v3", "door-close-v3"]
     assert choice.unreadable == 0
-    assert [item.number for item in eval_command._choose(data, 9, 5).items] == [1, 0, 2, 3]
+    assert [item.number for item in choose_clips(data, 9, 5).items] == [1, 0, 2, 3]
 
 
 def test_predictions_of_other_settings_are_not_mixed(world, capsys):
@@ -143,7 +174,7 @@ def test_predictions_of_weights_that_have_changed_are_not_reused(world, capsys):
 
 
 def test_a_prediction_that_is_not_finite_counts_as_failed(tmp_path):
-    store = eval_command._Store(tmp_path, {"seed": 0})
+    store = PredictionStore(tmp_path, {"seed": 0})
     store.save("a/b", torch.full((2, 4, 4, 3), float("nan")))
     assert store.has("a/b") and not store.has("a_b")
     assert store.load("a/b").frames is None
@@ -207,8 +238,8 @@ def test_clips_are_read_from_a_folder_with_an_index(tmp_path):
     lines.append(json.dumps({"path": "broken.mp4", "caption": "x", "task": "z", "split": "test"}))
     (tmp_path / "index.jsonl").write_text("\n".join(lines))
     command = eval_command.Predict(data=tmp_path)
-    dataset = eval_command.open_data(command, 5, (16, 16))
-    choice = eval_command._choose(dataset, 10, 5)
+    dataset = predictions.open_data(command, predictions.ClipShape(5, 16, 16, 2))
+    choice = choose_clips(dataset, 10, 5)
     assert {item.task: item.text for item in choice.items} == TASKS
     assert choice.unreadable == 1
     # the two tasks of the door begin alike in the simulator's own scenes
