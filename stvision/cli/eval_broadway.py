@@ -226,6 +226,8 @@ def run_broadway(command: BroadWayTable) -> int:
         "height": shape.height,
         "width": shape.width,
         "steps": predictions.steps_used(command, pipeline),
+        "spacing of the steps": predictions.spacing_used(pipeline),
+        "guidance scale": predictions.guidance_used(command, pipeline),
         "seed": command.seed,
         "precision": command.dtype,
         "optical flow": flow,
