@@ -1,6 +1,6 @@
 """NAT and DiNAT image and video classifiers (Hassani et al., arXiv 2204.07143 and 2209.15001).
 
-Keys are those of the authors' checkpoints; those of transformers' DiNAT are converted on loading.
+The authors' checkpoints and those of transformers' DiNAT are converted on loading.
 """
 
 import re
@@ -10,17 +10,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stvision.attention.neighborhood_modules import NeighborhoodAttention2D, NeighborhoodAttention3D
+from stvision.layers.vision import DropPath, Mlp, drop_path_rates, per_frame
+from stvision.models.surface import Backbone, Head, Stage
 from stvision.models.weights import load_backbone, read_weights
-
-
-def _per_frame(module: nn.Module, x: Tensor) -> Tensor:
-    """A convolution of images on (B, H, W, C) or, frame by frame, on (B, T, H, W, C)."""
-    lead = x.shape[:-3]
-    out = module(x.flatten(0, -4).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return cast(Tensor, out.unflatten(0, lead))
 
 
 class _Tokenizer(nn.Module):
@@ -33,7 +27,7 @@ class _Tokenizer(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(_per_frame(self.proj, x)))
+        return cast(Tensor, self.norm(per_frame(self.proj, x)))
 
 
 class _Downsampler(nn.Module):
@@ -43,17 +37,7 @@ class _Downsampler(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(_per_frame(self.reduction, x)))
-
-
-class _Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int, drop: float) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.act, self.drop = nn.GELU(), nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.drop(self.fc2(self.drop(self.act(self.fc1(x))))))
+        return cast(Tensor, self.norm(per_frame(self.reduction, x)))
 
 
 class _Layer(nn.Module):
@@ -69,8 +53,8 @@ class _Layer(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attn = attn
-        self.mlp = _Mlp(dim, int(dim * mlp_ratio), drop)
-        self.drop_path = drop_path
+        self.mlp = Mlp(dim, mlp_ratio, drop)
+        self.drop_path = DropPath(drop_path)
         self.gamma1: nn.Parameter | None = None
         self.gamma2: nn.Parameter | None = None
         if layer_scale is not None:
@@ -78,43 +62,28 @@ class _Layer(nn.Module):
             self.gamma2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
 
     def _branch(self, x: Tensor, gamma: Tensor | None) -> Tensor:
-        x = x if gamma is None else gamma * x
-        if not self.training or not self.drop_path:
-            return x
-        kept = x.new_empty(x.shape[:1] + (1,) * (x.dim() - 1)).bernoulli_(1 - self.drop_path)
-        return x * kept / (1 - self.drop_path)
+        return cast(Tensor, self.drop_path(x if gamma is None else gamma * x))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        if isinstance(self.attn, NeighborhoodAttention2D):  # an image is a clip of one frame
+            return self.attn(x[:, 0]).unsqueeze(1)
+        return cast(Tensor, self.attn(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self._branch(self.attn(self.norm1(x)), self.gamma1)
+        x = x + self._branch(self._attend(self.norm1(x)), self.gamma1)
         return x + self._branch(self.mlp(self.norm2(x)), self.gamma2)
 
 
-class _Level(nn.Module):
-    def __init__(self, blocks: list[nn.Module], dim: int, downsample: bool) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = _Downsampler(dim) if downsample else None
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(block, x, use_reentrant=False))
-            else:
-                x = block(x)
-        return x
-
-
-class NAT(nn.Module):
-    """Four levels of neighborhood attention; DiNAT is the same with dilations.
+class NAT(Backbone):
+    """Four stages of neighborhood attention; DiNAT is the same with dilations.
 
     Args:
-        depths: blocks of each level.
-        num_heads: heads of each level.
-        embed_dim: channels of the first level; doubles with each.
+        depths: blocks of each stage.
+        num_heads: heads of each stage.
+        embed_dim: channels of the first stage; doubles with each.
         mlp_ratio: hidden over outer channels of the MLPs.
         kernel_size: rows and columns of the neighborhood.
-        dilations: per level and block; 1 everywhere when not given.
+        dilations: per stage and block; 1 everywhere when not given.
         frame_kernel: ``None`` for images. A number makes a video model: windows get that many
             frames, convolutions run frame by frame, and parameters stay those of the image model
             except that ``rpb`` gains a frame axis.
@@ -126,7 +95,8 @@ class NAT(nn.Module):
         backend: of :func:`stvision.kernels.neighborhood.na2d`.
 
     Raises:
-        ValueError: lists of different lengths, or heads that do not divide the channels.
+        ValueError: lists of different lengths, heads that do not divide the channels, or a number
+            below 1.
     """
 
     def __init__(
@@ -146,30 +116,27 @@ class NAT(nn.Module):
         layer_scale: float | None = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
         if dilations is None:
             dilations = [[1] * depth for depth in depths]
         if len(num_heads) != len(depths) or [len(row) for row in dilations] != list(depths):
             raise ValueError(
                 f"depths={list(depths)} needs as many num_heads (got {len(num_heads)}) and a "
-                f"dilation for each block (got {[len(row) for row in dilations]} per level)"
+                f"dilation for each block (got {[len(row) for row in dilations]} per stage)"
             )
+        if frame_kernel is not None and frame_kernel < 1:
+            raise ValueError(
+                f"frame_kernel must be None (images) or at least 1, got {frame_kernel}"
+            )
+        widths = [embed_dim * 2**i for i in range(len(depths))]
+        super().__init__(in_chans, num_classes, widths, frame_kernel)
         self.frame_kernel = frame_kernel
-        self.in_chans = in_chans
-        self.num_classes = num_classes
         self.embed_dim = embed_dim
-        self.num_features = self.head_hidden_size = embed_dim * 2 ** (len(depths) - 1)
-        self.feature_info = [
-            {"num_chs": embed_dim * 2**i, "reduction": 4 * 2**i, "module": f"levels.{i}"}
-            for i in range(len(depths))
-        ]
         self.patch_embed = _Tokenizer(in_chans, embed_dim)
         self.pos_drop = nn.Dropout(drop_rate)
-        total = sum(depths)
-        rates = iter([drop_path_rate * i / max(1, total - 1) for i in range(total)])
-        levels = []
-        for i, (heads, row) in enumerate(zip(num_heads, dilations, strict=True)):
-            dim = embed_dim * 2**i
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        for i, (dim, heads, row) in enumerate(zip(widths, num_heads, dilations, strict=True)):
+            down = _Downsampler(widths[i - 1]) if i else None
             shared: dict[str, Any] = {
                 "proj_drop": drop_rate,
                 "rpb": True,
@@ -189,11 +156,10 @@ class NAT(nn.Module):
                         dim, heads, size, dilation=(1, dilation, dilation), **shared
                     )
                 blocks.append(_Layer(dim, attn, mlp_ratio, drop_rate, next(rates), layer_scale))
-            levels.append(_Level(blocks, dim, i + 1 < len(depths)))
-        self.levels = nn.ModuleList(levels)
+            stages.append(Stage(blocks, down))
+        self.stages = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(self.num_features)
-        self.head: nn.Module = nn.Identity()
-        self.reset_classifier(num_classes)
+        self.head = Head(self.num_features, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -204,97 +170,13 @@ class NAT(nn.Module):
         """Parts of names of parameters that are not decayed."""
         return {"rpb"}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
-        for level in self.levels:
-            cast(_Level, level).grad_checkpointing = enable
+    def embed(self, x: Tensor) -> Tensor:
+        """Pixels (B, T, H, W, in_chans) to (B, T, ceil(H / 4), ceil(W / 4), C)."""
+        return cast(Tensor, self.pos_drop(self.patch_embed(x)))
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head of ``num_classes`` outputs; 0 for none. The only pooling is the mean."""
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool must be 'avg' or None, got {global_pool!r}")
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        if isinstance(self.head, nn.Linear):
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-            self.head.to(self.norm.weight)  # device and dtype
-
-    def _embed(self, x: Tensor) -> Tensor:
-        axes = "H, W" if self.frame_kernel is None else "T, H, W"
-        if x.dim() != 2 + len(axes.split()) or x.shape[1] != self.in_chans:
-            raise ValueError(f"x must be (B, {self.in_chans}, {axes}), got {tuple(x.shape)}")
-        return cast(Tensor, self.pos_drop(self.patch_embed(x.movedim(1, -1))))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Features of each level, before it is downsampled.
-
-        Args:
-            x: (B, C, H, W), or (B, C, T, H, W) for a video model.
-            indices: levels to return; a number n for the last n, ``None`` for all.
-            norm: apply the last norm to the last level's features.
-            stop_early: do not compute past the last asked level.
-            output_fmt: ``"NCHW"`` (channels second) or ``"NHWC"`` (last).
-            intermediates_only: return only the list.
-
-        Returns:
-            (result of :meth:`forward_features`, list of features), or the list. With
-            ``stop_early`` the first is the features where the computation stopped.
-
-        Raises:
-            ValueError: a level that does not exist, or an unknown format.
-        """
-        count = len(self.levels)
-        if output_fmt not in {"NCHW", "NHWC"}:
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', not {output_fmt!r}")
-        if isinstance(indices, int):
-            if not 0 < indices <= count:
-                raise ValueError(f"indices={indices} must lie between 1 and {count}")
-            indices = range(count - indices, count)
-        asked = list(range(count) if indices is None else indices)
-        if any(not -count <= i < count for i in asked):
-            raise ValueError(f"indices={asked} must lie between {-count} and {count - 1}")
-        places = {i % count for i in asked}
-        found: dict[int, Tensor] = {}
-        x = self._embed(x)
-        for i, module in enumerate(self.levels):
-            level = cast(_Level, module)
-            x = level(x)
-            if i in places:
-                y = self.norm(x) if norm and i == count - 1 else x
-                found[i] = y.movedim(-1, 1) if output_fmt == "NCHW" else y
-            if stop_early and i == max(places, default=count):
-                break
-            if level.downsample is not None:
-                x = level.downsample(x)
-        features = [found[i % count] for i in asked]
-        if intermediates_only:
-            return features
-        return (self.norm(x) if x.shape[-1] == self.num_features else x), features
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, H / 32, W / 32, D); a video model keeps its frames before H."""
-        return cast(Tensor, self.forward_intermediates(x, [])[0])
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over the grid, then the head unless ``pre_logits``."""
-        x = x.flatten(1, -2).mean(1)
-        return x if pre_logits else cast(Tensor, self.head(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W), or clips (B, C, T, H, W) for a video model, to (B, classes)."""
-        return self.forward_head(self.forward_features(x))
+    def norm_features(self, x: Tensor) -> Tensor:
+        """The last norm."""
+        return cast(Tensor, self.norm(x))
 
 
 _HUGGING_FACE = (
@@ -314,6 +196,14 @@ _HUGGING_FACE = (
 )
 
 
+def _to_own_layout(key: str) -> str:
+    """The authors' key to that of :class:`NAT`, where a stage begins with its downsampler."""
+    key = re.sub(
+        r"^levels\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.", key
+    )
+    return re.sub(r"^head\.(?=weight$|bias$)", "head.fc.", re.sub(r"^levels\.", "stages.", key))
+
+
 def convert_nat_state_dict(
     state: Mapping[str, Any], *, frame_kernel: int | None = None
 ) -> dict[str, Tensor]:
@@ -326,7 +216,7 @@ def convert_nat_state_dict(
             equal frames then gives exactly the logits of its image.
 
     Returns:
-        A state dict; tensors are shared with ``state`` where nothing changes.
+        A state dict; tensors are shared with ``state`` where nothing changes. Own keys pass unchanged.
 
     Raises:
         ValueError: a query of transformers' layout without its key or value.
@@ -340,6 +230,7 @@ def convert_nat_state_dict(
         new = key
         for pattern, replacement in _HUGGING_FACE:
             new = re.sub(pattern, replacement, new)
+        new = _to_own_layout(new)
         if part is not None:
             if part[1] != "query":
                 continue
@@ -376,7 +267,7 @@ def _create(
             settings["layer_scale"] = 1e-5 if scaled else None
     model = NAT(**settings)
     if state is not None:
-        load_backbone(model, state, first_conv="patch_embed.proj.0", head="head")
+        load_backbone(model, state, first_conv="patch_embed.proj.0")
     return model
 
 

@@ -33,7 +33,7 @@ from stvision.layers.token_selection import (
     select_ratio,
 )
 from stvision.layers.vision import PatchConv, per_frame
-from stvision.models.surface import Head
+from stvision.models.surface import Head, asked_stages
 from stvision.models.weights import load_backbone, read_weights, unwrap
 
 
@@ -356,21 +356,15 @@ class SelectiveS4(nn.Module):
         count = len(self.stages)
         if output_fmt not in {"NLC", "NCL"}:
             raise ValueError(f"output_fmt must be 'NLC' or 'NCL', got {output_fmt!r}")
-        if isinstance(indices, int):
-            if not 0 < indices <= count:
-                raise ValueError(f"indices={indices} must lie between 1 and {count}")
-            indices = range(count - indices, count)
-        asked = list(range(count) if indices is None else indices)
-        if any(not -count <= i < count for i in asked):
-            raise ValueError(f"indices={asked} must lie between {-count} and {count - 1}")
-        last = max((i % count for i in asked), default=count - 1) if stop_early else count - 1
+        asked = asked_stages(indices, count)
+        last = max(asked, default=count - 1) if stop_early else count - 1
         tokens = self.tokenize(x)
         x = self.apply_selection(tokens, self.select(tokens))
         found: list[Tensor] = []
         for stage in self.stages[: last + 1]:
             x = self._stage(stage, x)
             found.append(x)
-        features = [found[i % count] for i in asked]
+        features = [found[i] for i in asked]
         features = [y.mT if output_fmt == "NCL" else y for y in features]
         return features if intermediates_only else (x, features)
 

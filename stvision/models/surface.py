@@ -12,6 +12,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+def asked_stages(indices: int | Sequence[int] | None, count: int) -> list[int]:
+    """Places from 0 of the stages that :meth:`Backbone.forward_intermediates` is asked for.
+
+    Args:
+        indices: places, from the end where negative; a number n for the last n, ``None`` for all.
+        count: stages of the model.
+
+    Raises:
+        ValueError: a stage that does not exist.
+    """
+    if isinstance(indices, int):
+        if not 0 < indices <= count:
+            raise ValueError(f"indices={indices} must lie between 1 and {count}")
+        indices = range(count - indices, count)
+    asked = list(range(count) if indices is None else indices)
+    if any(not -count <= i < count for i in asked):
+        raise ValueError(f"indices={asked} must lie between {-count} and {count - 1}")
+    return [i % count for i in asked]
+
+
 class Stage(nn.Module):
     """Blocks at one resolution, behind what brings the grid there.
 
@@ -58,17 +78,14 @@ class Head(nn.Module):
         self.reset(num_classes)
 
     def reset(self, num_classes: int) -> None:
-        """A fresh linear layer of ``num_classes`` outputs on the device of the old one."""
+        """A fresh linear layer of ``num_classes`` outputs."""
         if num_classes < 0:
             raise ValueError(f"num_classes must be at least 0, got {num_classes}")
-        like = next(self.parameters(), None)
         self.fc = nn.Identity()
         if num_classes:
             self.fc = nn.Linear(self.dim, num_classes)
             nn.init.trunc_normal_(self.fc.weight, std=0.02)
             nn.init.zeros_(self.fc.bias)
-            if like is not None:
-                self.fc.to(like)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, D) to (B, classes), or to (B, D) before the linear layer."""
@@ -139,6 +156,7 @@ class Backbone(nn.Module):
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool must be 'avg' or None, got {global_pool!r}")
         cast(Head, self.head).reset(num_classes)
+        self.get_classifier().to(next(self.parameters()))  # device and dtype
         self.num_classes = num_classes
 
     def no_weight_decay(self) -> set[str]:
@@ -186,25 +204,18 @@ class Backbone(nn.Module):
         count = len(self.stages)
         if output_fmt not in {"NCHW", "NHWC"}:
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        if isinstance(indices, int):
-            if not 0 < indices <= count:
-                raise ValueError(f"indices={indices} must lie between 1 and {count}")
-            indices = range(count - indices, count)
-        asked = list(range(count) if indices is None else indices)
-        if any(not -count <= i < count for i in asked):
-            raise ValueError(f"indices={asked} must lie between {-count} and {count - 1}")
-        places = {i % count for i in asked}
-        last = max(places, default=count - 1) if stop_early else count - 1
+        asked = asked_stages(indices, count)
+        last = max(asked, default=count - 1) if stop_early else count - 1
         found: dict[int, Tensor] = {}
         x = self.embed(self._grid(x))
         for i, stage in enumerate(self.stages):
             if i > last:
                 break
             x = stage(x)
-            if i in places:
+            if i in asked:
                 y = self._outside(self.norm_features(x) if norm and i == count - 1 else x)
                 found[i] = y.movedim(-1, 1) if output_fmt == "NCHW" else y
-        features = [found[i % count] for i in asked]
+        features = [found[i] for i in asked]
         if intermediates_only:
             return features
         return self._outside(self.norm_features(x) if last == count - 1 else x), features

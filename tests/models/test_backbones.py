@@ -132,6 +132,8 @@ def test_reset_classifier(name: str, frames: int | None) -> None:
     model.reset_classifier(0, "avg")
     assert model(x).shape == (2, model.num_features)
     assert torch.equal(model(x), model.forward_head(features, pre_logits=True))
+    model.reset_classifier(2)  # with no old layer to take the dtype from
+    assert model(x).dtype == model.get_classifier().weight.dtype == torch.float64
     with pytest.raises(ValueError, match="global_pool"):
         model.reset_classifier(3, "max")
 

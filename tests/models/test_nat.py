@@ -187,9 +187,12 @@ def test_logits_are_the_written_out_ones(scaled: bool) -> None:
 def test_transformers_layout_gives_the_same_model() -> None:
     state = authors_weights(scaled=True)
     found = convert_nat_state_dict(huggingface_weights(state))
+    state = convert_nat_state_dict(state)
+    assert found.keys() == small(layer_scale=1e-5).state_dict().keys()
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state)
-    broken = huggingface_weights(state)
+    assert convert_nat_state_dict(state).keys() == state.keys()
+    broken = huggingface_weights(authors_weights(scaled=True))
     del broken["dinat.encoder.levels.0.layers.0.attention.self.key.bias"]
     with pytest.raises(ValueError, match="but not .*key.bias"):
         convert_nat_state_dict(broken)
@@ -198,7 +201,7 @@ def test_transformers_layout_gives_the_same_model() -> None:
 def test_video_of_equal_frames_gives_the_logits_of_its_image() -> None:
     state = authors_weights(scaled=False)
     image, video = small(), small(frame_kernel=3)
-    image.load_state_dict(state)
+    image.load_state_dict(convert_nat_state_dict(state))
     video.load_state_dict(convert_nat_state_dict(state, frame_kernel=3))
     x = images()
     clip = x[:, :, None].expand(-1, -1, 5, -1, -1)
@@ -231,8 +234,8 @@ def test_intermediates_and_features() -> None:
 
 def test_checkpointing_changes_no_gradient() -> None:
     model = small().train()
-    for block in (block for level in model.levels for block in level.blocks):
-        block.drop_path = 0.0
+    for block in (block for stage in model.stages for block in stage.blocks):
+        block.drop_path.rate = 0.0
     grads = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
@@ -279,3 +282,5 @@ def test_bad_input_gets_one_sentence() -> None:
         small(dilations=[[1], [1, 1]])
     with pytest.raises(ValueError, match=r"x must be \(B, 3, T, H, W\), got"):
         small(frame_kernel=3)(images())
+    with pytest.raises(ValueError, match="frame_kernel must be None .* or at least 1, got 0"):
+        small(frame_kernel=0)
