@@ -138,6 +138,11 @@ def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.flatten(0, 1).transpose(1, 2).to(dtype)
 
 
+def _packed(x: Tensor, like: Tensor) -> Tensor:
+    """(B R, heads, n, d) to the contiguous layout (B, R, n, heads, d) and dtype of ``like``."""
+    return x.transpose(1, 2).unflatten(0, like.shape[:2]).to(like.dtype).contiguous()
+
+
 def _flat_index(index: Tensor) -> Tensor:
     """Regions of each sample to regions of the batch: (B, R, k) to (B R, k)."""
     regions = index.shape[1]
@@ -194,8 +199,7 @@ def _cpu_forward(
         )
         outs.append(out)
         lses.append(lse)
-    out = torch.cat(outs).transpose(1, 2).unflatten(0, index.shape[:2])
-    return out.contiguous(), torch.cat(lses).contiguous()
+    return _packed(torch.cat(outs), query), torch.cat(lses).contiguous()
 
 
 def _cpu_backward(
@@ -234,10 +238,7 @@ def _cpu_backward(
             copy = copy.unflatten(2, (at.shape[1], -1)).transpose(1, 2).flatten(0, 1)
             total.index_add_(0, at.flatten(), copy.to(total.dtype))
 
-    def packed(x: Tensor) -> Tensor:
-        return x.transpose(1, 2).unflatten(0, index.shape[:2]).to(query.dtype).contiguous()
-
-    return packed(torch.cat(parts)), packed(dk), packed(dv)
+    return _packed(torch.cat(parts), query), _packed(dk, query), _packed(dv, query)
 
 
 def _blocked_forward(
@@ -263,8 +264,7 @@ def _blocked_forward(
             top = higher
         out[part] = mixed / total[..., None]
         lse[part] = top + total.log()
-    out = out.transpose(1, 2).unflatten(0, index.shape[:2]).to(query.dtype)
-    return out.contiguous(), lse
+    return _packed(out, query), lse
 
 
 # Opaque to the compiler, which would unroll the loops.
@@ -310,10 +310,7 @@ def _blocked_backward(
             dq[part] += slope @ k[at]
             dk.index_add_(0, at, slope.mT @ q[part])
 
-    def packed(x: Tensor) -> Tensor:
-        return x.transpose(1, 2).unflatten(0, index.shape[:2]).to(query.dtype).contiguous()
-
-    return packed(dq), packed(dk), packed(dv)
+    return _packed(dq, query), _packed(dk, query), _packed(dv, query)
 
 
 @torch.library.custom_op("stvision::routed_attention_backward", mutates_args=())
