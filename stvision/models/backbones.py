@@ -12,6 +12,7 @@ from stvision.models.davit import DAVIT_MODELS
 from stvision.models.halonet import HALONET_MODELS
 from stvision.models.nat import NAT_MODELS
 from stvision.models.selective_s4 import SELECTIVE_S4_MODELS
+from stvision.models.tvts import TVTS_MODELS
 
 
 def _nat(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -38,6 +39,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **HALONET_MODELS,
     **SELECTIVE_S4_MODELS,
     **CONVS5_MODELS,
+    **TVTS_MODELS,
 }
 
 

@@ -202,7 +202,7 @@ def test_catalogue_builds_by_name() -> None:
     for name, build in BACKBONES.items():
         with torch.device("meta"):
             model = create_backbone(name, in_chans=2, num_classes=3, frames=4)
-        first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+        first = next(m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
         assert first.in_channels == 2
         assert model.get_classifier().out_features == model.num_classes == 3
         assert build.__doc__
