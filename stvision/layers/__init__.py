@@ -4,6 +4,8 @@ from torch import nn
 
 from stvision.layers.conv_s5 import ConvS5
 from stvision.layers.ela import EfficientLocalAttention
+from stvision.layers.light_attention import LightAttention
+from stvision.layers.non_local import NonLocalBlock
 from stvision.layers.state_space import S4
 from stvision.layers.temporal_heads import TSLSTM, TemporalInception
 
@@ -11,6 +13,8 @@ from stvision.layers.temporal_heads import TSLSTM, TemporalInception
 LAYERS: dict[str, type[nn.Module]] = {
     "conv-s5": ConvS5,
     "ela": EfficientLocalAttention,
+    "light-attention": LightAttention,
+    "non-local": NonLocalBlock,
     "s4": S4,
 }
 

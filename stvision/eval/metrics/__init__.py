@@ -12,15 +12,20 @@ from stvision.eval.metrics.frechet import (
 )
 from stvision.eval.metrics.lpips import ShiftTolerantLPIPS
 from stvision.eval.metrics.psnr import psnr
+from stvision.eval.metrics.reid import CropName, ReidScores, read_crop_name, reid_scores
 from stvision.eval.metrics.ssim import ms_ssim, ssim
 
 __all__ = [
+    "CropName",
     "FeatureStatistics",
+    "ReidScores",
     "ShiftTolerantLPIPS",
     "flicker",
     "frechet_distance",
     "frechet_distance_between",
     "ms_ssim",
     "psnr",
+    "read_crop_name",
+    "reid_scores",
     "ssim",
 ]
