@@ -106,6 +106,79 @@ def keep_patches(
     return scores.argsort(-1)[..., : max(1, int(patches * (1 - mask_ratio)))]
 
 
+def draw_window(
+    duration: float,
+    transcripts: int = 4,
+    frames: int = 16,
+    seconds: tuple[int, int] = (3, 5),
+    gap: float = 1.0,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Where in a narrated video a clip and its transcripts are taken.
+
+    The window is a row of stretches of one length with gaps between, at a random place; a video too
+    short for it is taken whole, with shorter stretches. Frames are drawn one from each of equal parts
+    of the whole window, gaps too, as the authors' loader does.
+
+    Args:
+        duration: of the video, in seconds.
+        transcripts: stretches K.
+        frames: T.
+        seconds: least and greatest length of a stretch, whole seconds, both possible.
+        gap: seconds between stretches.
+        generator: source of the draw, on the CPU.
+
+    Returns:
+        (K, 2) first and last second of each stretch, and (T,) rising times of the frames in seconds,
+        both float64.
+
+    Raises:
+        ValueError: numbers that leave no stretch.
+    """
+    if min(transcripts, frames) < 1 or not 1 <= seconds[0] <= seconds[1] or gap < 0:
+        raise ValueError(
+            "transcripts, frames and seconds must be at least 1 and gap at least 0, got "
+            f"{transcripts}, {frames}, {seconds} and {gap}"
+        )
+    gaps = gap * (transcripts - 1)
+    if not duration > gaps:
+        raise ValueError(f"duration must be above the {gaps} seconds of gaps, got {duration}")
+    length = int(torch.randint(seconds[0], seconds[1] + 1, (), generator=generator))
+    place, within = torch.rand((), generator=generator), torch.rand(frames, generator=generator)
+    whole = min(float(duration), length * transcripts + gaps)
+    first = float(place) * (duration - whole)
+    stretch = (whole - gaps) / transcripts
+    starts = first + torch.arange(transcripts, dtype=torch.float64) * (stretch + gap)
+    parts = torch.arange(frames, dtype=torch.float64) + within
+    return torch.stack([starts, starts + stretch], 1), first + parts * (whole / frames)
+
+
+def words_within(words: Sequence[str], times: Sequence[float], stretches: Tensor) -> list[str]:
+    """The transcript of each stretch of time.
+
+    Args:
+        words: of the speech, in order.
+        times: second at which each word is said.
+        stretches: (K, 2), first and last second of each.
+
+    Returns:
+        K sentences; empty where nothing is said.
+
+    Raises:
+        ValueError: words and times of unequal number, or another shape.
+    """
+    if len(words) != len(times):
+        raise ValueError(f"words and times must be as many, got {len(words)} and {len(times)}")
+    if stretches.ndim != 2 or stretches.shape[1] != 2:
+        raise ValueError(f"stretches must be (K, 2), got {tuple(stretches.shape)}")
+    said = list(zip(words, times, strict=True))
+    return [
+        " ".join(word for word, time in said if start < time < end)
+        for start, end in stretches.tolist()
+    ]
+
+
 class TokenAttention(nn.Module):
     """Attention among all tokens (B, N, D), keys ``qkv`` and ``proj``.
 
@@ -514,8 +587,8 @@ class TVTSOutput:
 class TVTSPretraining(nn.Module):
     """Encoder of clips, encoder of texts, and the two tasks that they are trained by.
 
-    Published recipe: AdamW at 1e-4 without decay, 16 frames of four stretches of 3 to 5 seconds one
-    second apart, 75 % of patches dropped.
+    Published recipe: AdamW at 1e-4 without decay, 16 frames over four stretches of 3 to 5 seconds one
+    second apart (:func:`draw_window`), 75 % of patches dropped (:func:`keep_patches`).
 
     Args:
         video_model: without a head.

@@ -20,12 +20,14 @@ from stvision.models.tvts import (
     alignment_loss,
     convert_tvts_pretraining_state_dict,
     convert_tvts_state_dict,
+    draw_window,
     gather_rows,
     keep_patches,
     sort_loss,
     space_positions,
     time_positions,
     tvts_pretraining,
+    words_within,
 )
 from stvision.optional import mend_torchvision
 
@@ -306,6 +308,44 @@ def test_kept_patches_are_drawn_for_each_pair() -> None:
     counts = keep_patches(500, 8, 12, 0.5, generator=g).flatten().bincount(minlength=12)
     assert (counts / 4000 - 0.5).abs().max() < 0.04
     assert keep_patches(1, 1, 2, 0.75).shape == (1, 1, 1)
+
+
+def test_windows_hold_stretches_of_one_length_a_second_apart() -> None:
+    g = torch.Generator().manual_seed(0)
+    lengths, firsts = set(), []
+    for _ in range(300):
+        stretches, times = draw_window(60.0, generator=g)
+        length = (stretches[:, 1] - stretches[:, 0]).round(decimals=9)
+        assert length.unique().numel() == 1
+        assert torch.allclose(stretches[1:, 0] - stretches[:-1, 1], torch.ones(3).double())
+        first, last = stretches[0, 0], stretches[-1, 1]
+        part = ((times - first) / (last - first) * 16).floor()
+        assert torch.equal(part, torch.arange(16).double())  # one in each part
+        assert first >= 0 and last <= 60
+        lengths.add(float(length[0]))
+        firsts.append(float(first / (60 - (last - first))))
+    assert lengths == {3.0, 4.0, 5.0}
+    assert abs(sum(firsts) / 300 - 0.5) < 0.06 and min(firsts) < 0.05 and max(firsts) > 0.95
+    stretches, times = draw_window(11.0, generator=g)  # too short: all of it
+    assert torch.allclose(stretches[:, 0], torch.tensor([0.0, 3.0, 6.0, 9.0]).double())
+    assert torch.allclose(stretches[:, 1], torch.tensor([2.0, 5.0, 8.0, 11.0]).double())
+    assert 0 <= times.min() and times.max() < 11
+    with pytest.raises(ValueError, match="duration must be above the 3.0 seconds of gaps, got 3"):
+        draw_window(3)
+    with pytest.raises(
+        ValueError, match=r"must be at least 1 and gap at least 0, got 4, 16, \(5, 3"
+    ):
+        draw_window(60, seconds=(5, 3))
+
+
+def test_transcripts_are_the_words_of_their_stretch() -> None:
+    stretches = torch.tensor([[0.0, 2.0], [3.0, 5.0], [6.0, 8.0]]).double()
+    words, times = ["a", "b", "gap", "c", "edge"], [0.5, 1.0, 2.5, 3.5, 5.0]
+    assert words_within(words, times, stretches) == ["a b", "c", ""]
+    with pytest.raises(ValueError, match="words and times must be as many, got 5 and 4"):
+        words_within(words, times[1:], stretches)
+    with pytest.raises(ValueError, match=r"stretches must be \(K, 2\), got \(3,\)"):
+        words_within(words, times, stretches[:, 0])
 
 
 def test_order_of_kept_patches_does_not_matter_but_their_pair_does() -> None:
