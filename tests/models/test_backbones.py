@@ -222,7 +222,7 @@ def test_the_documents_table_is_the_catalogue(capsys: pytest.CaptureFixture[str]
     assert all((root / row[3].strip(" `")).is_file() for row in rows)
     names = [name for row in rows for name in re.findall(r"`(\w+)`", row[4])]
     assert sorted(names) == sorted(BACKBONES)
-    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    code = "".join(re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     exec(compile(code, "backbones.md", "exec"), {})  # noqa: S102  the document is ours
     assert capsys.readouterr().out.splitlines() == re.findall(r"# (torch.+)$", code, re.MULTILINE)
 
