@@ -224,6 +224,12 @@ def test_gradients_compile_and_half_precision(options: dict | None) -> None:
         assert (out - expected).abs().max() < 3e-2 * expected.abs().max()
 
 
+def test_the_output_has_the_dtype_of_the_input_whatever_autocast_makes_of_the_gate() -> None:
+    module, x = made(kind="channel").float(), grid(1, 2, 3, 5, 12, dtype=torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.float16
+
+
 def test_the_functions_are_what_the_module_computes() -> None:
     module, x = made(), grid(2, 3, 4, 5, 12)
     channel = conv_channel_logits(x.mean((2, 3), keepdim=True), module.channel.weight)
