@@ -9,11 +9,14 @@ torchvision (extra `vision`):
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,7 +30,6 @@ from stvision.models.placement import (
     attention_slots,
     measured_latency,
     place_attention,
-    remove_attention,
 )
 from stvision.optional import mend_torchvision, require
 
@@ -88,10 +90,19 @@ def main() -> None:
     slots = attention_slots(net, x)
     features = net(x)
 
-    def timed() -> float:
+    plain = copy.deepcopy(net)
+
+    def timed() -> tuple[float, float]:
+        """Median seconds with and without blocks, taken in turn: other work slows both alike."""
         torch.compiler.reset()
-        run = torch.compile(net, dynamic=False) if args.compile else net
-        return measured_latency(lambda: run(x), device, warmup=args.warmup, runs=args.runs)
+        pair = [torch.compile(m, dynamic=False) if args.compile else m for m in (net, plain)]
+        times: list[list[float]] = [[], []]
+        for i in range(args.warmup + args.runs):
+            for run, taken in zip(pair, times, strict=True):
+                seconds = measured_latency(partial(run, x), device, warmup=0, runs=1)
+                if i >= args.warmup:
+                    taken.append(seconds)
+        return median(times[0]), median(times[1])
 
     rows: list[dict[str, Any]] = []
     print("| places | block | ms | without, ms | overhead | parameters | operations |")
@@ -99,14 +110,12 @@ def main() -> None:
     parameters, operations = count(net, x)
     for rule in RULES:
         for kind, block in BLOCKS.items():
-            remove_attention(net)
-            plain = timed()  # beside each, since clocks drift
             taken = place_attention(net, slots, rule, block)
             assert torch.equal(net(x), features), "fresh blocks must leave features as they are"
             more, dearer = (
                 a / b - 1 for a, b in zip(count(net, x), (parameters, operations), strict=True)
             )
-            seconds = timed()
+            seconds, before = timed()
             label = rule if isinstance(rule, str) else f"stage {rule[0] + 1}"
             rows.append(
                 {
@@ -114,17 +123,21 @@ def main() -> None:
                     "slots": len(taken),
                     "block": kind,
                     "ms": 1e3 * seconds,
-                    "plain_ms": 1e3 * plain,
-                    "overhead": seconds / plain - 1,
+                    "plain_ms": 1e3 * before,
+                    "overhead": seconds / before - 1,
                     "parameters": more,
                     "operations": dearer,
                 }
             )
             print(
-                f"| {label} ({len(taken)}) | {kind} | {1e3 * seconds:.2f} | {1e3 * plain:.2f} | "
-                f"{100 * (seconds / plain - 1):+.1f} % | {100 * more:+.3f} % | {100 * dearer:+.3f} % |",
+                f"| {label} ({len(taken)}) | {kind} | {1e3 * seconds:.2f} | {1e3 * before:.2f} | "
+                f"{100 * (seconds / before - 1):+.1f} % | {100 * more:+.3f} % | {100 * dearer:+.3f} % |",
                 flush=True,
             )
+    heavy = {row["places"]: row["overhead"] for row in rows if row["block"] == "non-local"}
+    for kind in list(BLOCKS)[:-1]:
+        part = max(row["overhead"] / heavy[row["places"]] for row in rows if row["block"] == kind)
+        print(f"{kind}: at most {part:.2f} of the time that non-local adds at the same places")
     if args.json:
         args.json.write_text(
             json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1)
