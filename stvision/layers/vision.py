@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+#: endings of what a frame convolution adds, which image weights lack and which starts at zero
+FRAME_WEIGHTS = (".time.weight",)
+
 
 def per_frame(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a module of images (N, C, H, W) to each frame of (B, T, H, W, C), channels last.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from stvision.attention.dispatch import dispatch_attention
 from stvision.attention.routing import BiLevelRoutingAttention
 from stvision.layers.vision import (
+    FRAME_WEIGHTS,
     DepthwiseConv,
     DropPath,
     Mlp,
@@ -31,9 +32,6 @@ from stvision.layers.vision import (
 )
 from stvision.models.surface import Backbone, Head, Stage
 from stvision.models.weights import load_backbone, read_weights, unwrap
-
-#: parameters that image weights lack: the convolutions over frames, zero at the start
-FRESH = (".time.weight",)
 
 #: heads of the last stage, whatever its channels
 LAST_HEADS = 8
@@ -274,7 +272,7 @@ def _builder(name: str) -> Callable[..., BiFormer]:
         model = BiFormer(**(_SIZES[name] | options))
         if pretrained is not None:
             state = convert_biformer_state_dict(read_weights(pretrained))
-            load_backbone(model, state, first_conv="stem.0", fresh=FRESH)
+            load_backbone(model, state, first_conv="stem.0", fresh=FRAME_WEIGHTS)
         return model
 
     build.__name__ = build.__qualname__ = name

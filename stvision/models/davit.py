@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stvision.attention.dual import ChannelGroupAttention, SpatialWindowAttention
 from stvision.layers.vision import (
+    FRAME_WEIGHTS,
     DropPath,
     Mlp,
     PatchConv,
@@ -27,9 +28,6 @@ from stvision.layers.vision import (
 )
 from stvision.models.surface import Backbone, Head, Stage
 from stvision.models.weights import load_backbone, read_weights, unwrap
-
-#: parameters that image weights lack: the convolutions over frames, zero at the start
-FRESH = (".time.weight",)
 
 
 class _Stem(nn.Module):
@@ -261,7 +259,9 @@ def _builder(name: str) -> Callable[..., DaViT]:
         if pretrained is not None:
             state = convert_davit_state_dict(read_weights(pretrained))
             # Florence-2's tower ends without the norm of a classifier
-            fresh = FRESH + (("head.norm.weight", "head.norm.bias") if model.florence else ())
+            fresh = FRAME_WEIGHTS + (
+                ("head.norm.weight", "head.norm.bias") if model.florence else ()
+            )
             load_backbone(model, state, first_conv="stem.conv", fresh=fresh)
         return model
 
