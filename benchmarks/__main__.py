@@ -11,6 +11,7 @@ BENCHMARKS = {
     "video_io": False,
     "neighborhood": False,
     "backbones": False,
+    "convs5": False,
     "light_attention": False,
     "seer_step": True,
     "broadway": True,

@@ -7,78 +7,17 @@ zero-padded, and the complex parts run in float32 (float64 for float64 weights) 
 """
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stvision.layers.linear_scan import check_implementation, linear_scan
 from stvision.layers.state_space import hippo_legs
 from stvision.layers.vision import per_frame
 
 READOUTS = ("resnet", "standard", "half_glu")
-
-
-def _scan(x: Tensor, a: Tensor) -> Tensor:
-    """:func:`linear_scan` without gradients: blocks of about sqrt(T) frames side by side."""
-    frames = x.shape[1]
-    size = max(1, math.isqrt(frames - 1) + 1)
-    pad = -frames % size
-    out = F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)) if pad else x.clone()
-    blocks = out.unflatten(1, (-1, size))  # (B, blocks, size, ...), a view
-    for i in range(1, size):
-        blocks[:, :, i] += a * blocks[:, :, i - 1]
-    count = blocks.shape[1]
-    if count > 1:
-        powers = a.expand(size, -1).cumprod(0)
-        powers = powers.view(size, *(1,) * (x.ndim - 3), -1)
-        for k in range(1, count):
-            blocks[:, k] += powers * blocks[:, k - 1, -1:]
-    return out[:, :frames]
-
-
-class _Scan(torch.autograd.Function):
-    """The scan's gradient is the scan backwards, so nothing but the result is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, b: Tensor, a: Tensor) -> Tensor:
-        x = _scan(b, a)
-        ctx.save_for_backward(x, a)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        x, a = ctx.saved_tensors
-        g = _scan(grad.flip(1), a.conj().resolve_conj()).flip(1)
-        earlier = (x[:, :-1].conj() * g[:, 1:]).flatten(0, -2).sum(0)
-        return g, earlier
-
-
-def linear_scan(b: Tensor, a: Tensor, state: Tensor | None = None) -> Tensor:
-    """``x_t = a x_(t-1) + b_t`` for all frames, in about 2 sqrt(T) steps.
-
-    Args:
-        b: (B, T, ..., P), real or complex.
-        a: (P,) of the same dtype.
-        state: x before the first frame, (B, ..., P); ``None`` for zeros.
-
-    Returns:
-        (B, T, ..., P).
-
-    Raises:
-        ValueError: shapes that do not fit, or no frame.
-    """
-    if b.ndim < 3 or b.shape[1] < 1 or a.shape != b.shape[-1:]:
-        raise ValueError(
-            f"b must be (B, T, ..., P) with T at least 1 and a (P,), "
-            f"got {tuple(b.shape)} and {tuple(a.shape)}"
-        )
-    if state is not None:
-        wanted = b.shape[:1] + b.shape[2:]
-        if state.shape != wanted:
-            raise ValueError(f"state must be {tuple(wanted)}, got {tuple(state.shape)}")
-        b = torch.cat([(b[:, 0] + a * state)[:, None], b[:, 1:]], dim=1)
-    return cast(Tensor, _Scan.apply(b, a))
 
 
 def zero_order_hold(rate: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,9 +53,10 @@ class ConvSSM(nn.Module):
         clip_eigs: keep the real parts of the eigenvalues at or below -0.0001.
         dt_min: least step size at the start, drawn log-uniformly.
         dt_max: greatest step size at the start.
+        implementation: of the scan, see :func:`stvision.layers.linear_scan.linear_scan`.
 
     Raises:
-        ValueError: sizes that do not fit.
+        ValueError: sizes that do not fit, or an unknown implementation.
     """
 
     def __init__(
@@ -128,6 +68,7 @@ class ConvSSM(nn.Module):
         clip_eigs: bool = False,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
+        implementation: str | None = None,
     ) -> None:
         super().__init__()
         if dim < 1 or blocks < 1 or state_dim < 2 * blocks or state_dim % (2 * blocks):
@@ -141,6 +82,8 @@ class ConvSSM(nn.Module):
             raise ValueError(f"dt_min must be above 0 and at most dt_max, got {dt_min}, {dt_max}")
         self.dim, self.state_dim, self.kernel_size = dim, state_dim, kernel_size
         self.clip_eigs = clip_eigs
+        check_implementation(implementation)
+        self.implementation = implementation
         half = state_dim // 2
         w, vectors, _, _ = hippo_legs(state_dim // blocks)
         basis = torch.block_diag(*[vectors] * blocks)
@@ -199,7 +142,7 @@ class ConvSSM(nn.Module):
             kernel = torch.view_as_real(b).movedim(-1, 1).flatten(0, 1)
             pairs = per_frame(lambda x: F.conv2d(x, kernel, padding=pad), u.to(kernel.dtype))
             driven = torch.view_as_complex(pairs.unflatten(-1, (-1, 2)).contiguous())
-            x = linear_scan(driven, a, state)
+            x = linear_scan(driven, a, state, implementation=self.implementation)
             back = torch.stack([2 * c.real, -2 * c.imag], dim=2).flatten(1, 2)
             pairs = torch.view_as_real(x).flatten(-2)
             y = per_frame(lambda z: F.conv2d(z, back, padding=pad), pairs)
@@ -269,7 +212,8 @@ class ConvS5(nn.Module):
         groups: of the group norms; must divide ``dim``.
         dropout: chance to drop a value of a pixel and channel in all frames.
         prenorm: normalise what goes into the layer instead of what comes out.
-        options: ``blocks``, ``clip_eigs``, ``dt_min`` and ``dt_max`` of :class:`ConvSSM`.
+        options: ``blocks``, ``clip_eigs``, ``dt_min``, ``dt_max`` and ``implementation`` of
+            :class:`ConvSSM`.
 
     Raises:
         ValueError: an unknown readout, or sizes that do not fit.
