@@ -198,6 +198,8 @@ class _Session:
     run: BroadWayRun
     reference_block: int
     active: bool = False
+    #: whether batches of this sampling run have two halves; asked once, since it waits for a GPU
+    halved: bool | None = None
     batch: int = 1
     first_conditional: int = 0
     first_run: int = 0
@@ -221,14 +223,17 @@ class _Session:
         if self.counter.advance(timestep) and self.counter.index == 0:
             check_compiled(self.unet)
             check_chunking(self.unet, self.pipeline)
+            self.halved = None
         self.run.calls += 1
         self.active = self.counter.index < self.options.guided_steps(self.counter.total)
         # a compiled network would be compiled anew for the stand-ins, even in steps without guidance
         forward = vars(self.unet).get("forward")
         self._pause(self.active or getattr(forward, "compiled", False))
         if self.active:
+            if self.halved is None or self.batch != sample.shape[0]:
+                self.halved = self._is_guided(sample)
             self.batch = sample.shape[0]
-            self.first_conditional = self.batch // 2 if self._is_guided(sample) else 0
+            self.first_conditional = self.batch // 2 if self.halved else 0
 
     def _is_guided(self, sample: Tensor) -> bool:
         """Whether the batch holds an unconditional half before the conditional one."""

@@ -29,6 +29,8 @@ class StepCounter:
         self._schedule = schedule
         self._num_steps = num_steps
         self._times: list[float] | None = None
+        #: timesteps where they lie, and their values on the host
+        self._told: tuple[Tensor, list[float]] | None = None
         self.index = -1
         self.total = 0
         self.runs = 0
@@ -36,9 +38,32 @@ class StepCounter:
 
     def start(self, timesteps: Any = None) -> None:
         """A sampling run begins, with these timesteps."""
-        self._times = None if timesteps is None else [float(t) for t in timesteps]
+        self._times = None if timesteps is None else self._read(timesteps)
         self._time = None
         self.index = -1
+
+    def _read(self, timesteps: Any) -> list[float]:
+        """Values on the host; a tensor is remembered, so that its elements need no reading."""
+        if not isinstance(timesteps, Tensor):
+            return [float(t) for t in timesteps]
+        values = [float(t) for t in timesteps.flatten().tolist()]
+        self._told = (timesteps, values) if timesteps.ndim == 1 else None
+        return values
+
+    def _value(self, timestep: Any) -> float:
+        """A timestep as a number, without waiting for the device where it is one that was told."""
+        if not isinstance(timestep, Tensor):
+            return float(timestep)
+        if self._told is not None:
+            told, values = self._told
+            same = timestep.dtype == told.dtype and timestep.device == told.device
+            if same and timestep.untyped_storage().data_ptr() == told.untyped_storage().data_ptr():
+                place, rest = divmod(
+                    timestep.storage_offset() - told.storage_offset(), told.stride(0)
+                )
+                if not rest and 0 <= place < len(values):
+                    return values[place]
+        return float(timestep.flatten()[0])
 
     def advance(self, timestep: Any) -> bool:
         """Note a U-Net call at ``timestep``; whether it begins a step.
@@ -46,7 +71,7 @@ class StepCounter:
         Raises:
             RuntimeError: the timestep is not one of the schedule.
         """
-        time = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+        time = self._value(timestep)
         if time == self._time:
             return False
         if self._time is None or time > self._time and self._num_steps is not None:
@@ -67,7 +92,7 @@ class StepCounter:
         times = self._times
         if times is None and self._schedule is not None:
             found = self._schedule()
-            times = None if found is None else [float(t) for t in found]
+            times = None if found is None else self._read(found)
         if not times or time not in times:
             raise RuntimeError(
                 f"the U-Net was called at timestep {time:g}, which is not in the pipeline's "
@@ -95,7 +120,7 @@ class WatchedSetTimesteps:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self._plain(*args, **kwargs)
-        self.counter.start(torch.as_tensor(self.scheduler.timesteps).tolist())
+        self.counter.start(torch.as_tensor(self.scheduler.timesteps))
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WatchedSetTimesteps":

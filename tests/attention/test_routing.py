@@ -358,7 +358,7 @@ def test_flex_on_a_gpu_is_the_definition(grid, region, topk, padding) -> None:
     grads = {}
     for name in ("gather", "flex", "blocked"):
         wide = torch.float64 if name == "gather" else torch.float32
-        leaves = [x.to(wide).requires_grad_() for x in tensors]
+        leaves = [x.detach().to(wide, copy=True).requires_grad_() for x in tensors]
         out = bilevel_routing_attention(
             *leaves, region=region, topk=topk, padding=padding, implementation=name
         )

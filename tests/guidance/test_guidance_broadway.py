@@ -23,6 +23,7 @@ from stvision.guidance import (
     high_band,
     measure_energy,
 )
+from stvision.guidance.steps import StepCounter
 
 ALL = BroadWay(fraction=1)
 NEUTRAL = BroadWay(alpha=0, beta=1, fraction=1)
@@ -524,3 +525,23 @@ def test_presets_are_the_authors():
     assert [BroadWay().guided_steps(n) for n in (1, 5, 25, 26)] == [1, 1, 5, 6]
     with pytest.raises(ValueError, match="preset"):
         BroadWay.from_preset("wan")
+
+
+def test_steps_are_told_without_reading_the_timesteps(monkeypatch) -> None:
+    timesteps = torch.tensor([951, 901, 401, 1])
+    counter = StepCounter()
+    counter.start(timesteps)
+    copied = timesteps[2].clone()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a timestep was read back from its device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "flatten", refuse)
+        patch.setattr(torch.Tensor, "__float__", refuse)
+        for index, timestep in enumerate(timesteps[1:]):  # as pipelines hand them on: views
+            assert counter.advance(timestep.expand(3)) is True
+            assert not counter.advance(timestep)
+            assert (counter.index, counter.total) == (index, 3)
+    counter.start(timesteps)
+    assert counter.advance(copied) and counter.total == 2  # another tensor is read

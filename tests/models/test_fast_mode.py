@@ -156,9 +156,12 @@ def test_another_backend_and_moved_weights_are_captured_anew() -> None:
         model.backend = "math"
         torch.testing.assert_close(model(*inputs(0))[0], -first, rtol=0, atol=0)
         model.cpu()
+        # or the weights might come back to the very place where they lay
+        elsewhere = [torch.empty(64, device="cuda") for _ in range(64)]
         model.mix.weight.zero_()
         model.mix.bias.zero_()
         model.cuda()
+        del elsewhere
         arguments = inputs(0)
         expected = model.forward.plain(*arguments)[0]
         torch.testing.assert_close(model(*arguments)[0], expected, rtol=0, atol=0)
