@@ -5,6 +5,7 @@ row, meta). :func:`pack` makes it from any reader of this package and can be int
 moment; :class:`PackedFolder` reads it with the same records.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -194,6 +195,7 @@ class PackedFolder(Dataset):
             )
             and all(matches(line["meta"].get(k), v) for k, v in (where or {}).items())
         ]
+        self.view = (0, 1)
         self._frames: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -211,12 +213,12 @@ class PackedFolder(Dataset):
         return self._frames
 
     def __getitem__(self, index: int | tuple[int, int]) -> Record:
-        from stvision.io.sampling import mean_rate, uniform_indices
+        from stvision.io.sampling import mean_rate, view_indices
 
         number, seed = index if isinstance(index, tuple) else (index, None)
         entry = self.entries[number]
         times = torch.tensor(entry["times"], dtype=torch.float64)
-        picks = uniform_indices(times, self.num_frames)
+        picks = view_indices(times, self.num_frames, *self.view)
         frames = torch.from_numpy(np.array(self.frames[entry["row"]][picks]))
         pick = 0
         if self.caption == "random":
@@ -230,8 +232,25 @@ class PackedFolder(Dataset):
             meta["fps"] = rate
         return Record(frames, times, entry["captions"][pick], entry["key"], meta)
 
+    def temporal_view(self, number: int, count: int) -> "PackedFolder":
+        """One of several views in time of each clip, which lie between each other.
+
+        Args:
+            number: of the view, from 0.
+            count: of views.
+
+        Raises:
+            ValueError: no such view.
+        """
+        if not 0 <= number < count:
+            raise ValueError(f"view {number} of {count}: views are numbered from 0")
+        twin = copy.copy(self)
+        twin.view = (number, count)
+        return twin
+
     def fingerprint(self) -> str:
         """Hash of the packed clips and of the choice among them."""
         keys = [entry["key"] for entry in self.entries]
-        text = json.dumps([self._spec, keys, self.num_frames, self.caption])
+        how = [self._spec, keys, self.num_frames, self.caption]
+        text = json.dumps(how if self.view == (0, 1) else [*how, self.view])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

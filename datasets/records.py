@@ -206,6 +206,7 @@ class ClipDataset(Dataset):
         self.size = None if pair is None else (int(pair[0]), int(pair[1]))
         self.caption, self.on_error, self.backend = caption, on_error, backend
         self.seed = seed
+        self.view: tuple[int, int] | None = None
         self.tally = tally or Tally(name)
         self.tally.kept = len(self.entries)
         self.tally.report()
@@ -288,6 +289,29 @@ class ClipDataset(Dataset):
             twin.entries = [self.entries[index] for index in indices]
         return twin
 
+    def temporal_view(self, number: int, count: int) -> "ClipDataset":
+        """The same data set with one of several views in time of each clip, without any draw.
+
+        With "uniform" sampling the views lie between each other over the whole clip (see
+        ``stvision.io.sampling.view_indices``); with "center" and "random" their first frames are
+        spread evenly from the clip's beginning to the last that leaves room, and a single view is
+        the middle.
+
+        Args:
+            number: of the view, from 0.
+            count: of views.
+
+        Raises:
+            ValueError: no such view, or a data set without ``num_frames``.
+        """
+        if not 0 <= number < count:
+            raise ValueError(f"view {number} of {count}: views are numbered from 0")
+        if self.num_frames is None:
+            raise ValueError(f"{self.name}: views need num_frames")
+        twin = copy.copy(self)
+        twin.view = (number, count)
+        return twin
+
     def _fit(self, clip: Any) -> Any:
         if self.size is not None and (clip.height, clip.width) != self.size:
             height, width = self.size
@@ -311,7 +335,7 @@ class ClipDataset(Dataset):
         return [first + pick for pick in picks]
 
     def _choose(self, entry: Entry, times: Tensor, generator: torch.Generator) -> list[int]:
-        from stvision.io.sampling import uniform_indices
+        from stvision.io.sampling import view_indices
 
         picks = self._candidates(entry, times)
         wanted = self.num_frames
@@ -321,11 +345,14 @@ class ClipDataset(Dataset):
             raise ClipError(
                 "too short", f"{entry.key}: {len(picks)} frames, {wanted} are asked for"
             )
+        number, count = self.view or (0, 1)
         if self.sampling == "uniform":
-            return [picks[i] for i in uniform_indices(times[picks], wanted)]
+            return [picks[i] for i in view_indices(times[picks], wanted, number, count)]
         room = len(picks) - wanted
         begin = room // 2
-        if self.sampling == "random":
+        if count > 1:
+            begin = round(room * number / (count - 1))
+        elif self.sampling == "random" and self.view is None:
             begin = int(torch.randint(room + 1, (1,), generator=generator))
         return picks[begin : begin + wanted]
 
@@ -341,7 +368,7 @@ class ClipDataset(Dataset):
         """Hash of what the records depend on: files (size, time), sentences, cut and sampling."""
         state = hashlib.blake2b(digest_size=16)
         how = (self.num_frames, self.fps, self.sampling, self.size, self.caption, self.seed)
-        state.update(repr(how).encode())
+        state.update(repr(how if self.view is None else (*how, self.view)).encode())
         for path in self.paths():
             try:
                 facts = os.stat(path)

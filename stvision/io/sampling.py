@@ -63,6 +63,29 @@ def uniform_indices(times: Tensor, n: int) -> list[int]:
     return picks
 
 
+def view_indices(times: Tensor, n: int, number: int, count: int) -> list[int]:
+    """Indices of ``n`` frames for one of several views of a clip, all spread over its whole time.
+
+    Time is cut into ``n`` equal parts, and view k of K takes the frame at (k + 1/2) / K of each, so
+    that the views lie between each other. A single view is :func:`uniform_indices`.
+
+    Raises:
+        ValueError: ``n`` is below 1 or above the number of frames, or there is no such view.
+    """
+    if not 0 <= number < count:
+        raise ValueError(f"view {number} of {count}: views are numbered from 0")
+    if count == 1:
+        return uniform_indices(times, n)
+    length = len(times)
+    if not 1 <= n <= length:
+        raise ValueError(f"num_frames is {n}; the clip has {length} frames, so 1 to {length}")
+    parts = (torch.arange(n, dtype=torch.float64) + (number + 0.5) / count) / n
+    picks = nearest_indices(times, times[0] + parts * (times[-1] - times[0])).tolist()
+    if len(set(picks)) < n:
+        picks = (parts * length).long().tolist()
+    return picks
+
+
 def fps_indices(times: Tensor, fps: float) -> list[int]:
     """Indices of the frames nearest to the grid ``times[0] + k / fps``, each at most once.
 
