@@ -70,7 +70,7 @@ def momentum_update(target: nn.Module, source: nn.Module, momentum: float) -> No
     """``target = momentum * target + (1 - momentum) * source`` for each parameter.
 
     Args:
-        target: the slow copy.
+        target: the slow copy, whose tensors may be buffers.
         source: a module of the same parameters.
         momentum: 0 to 1.
 
@@ -79,8 +79,9 @@ def momentum_update(target: nn.Module, source: nn.Module, momentum: float) -> No
     """
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be 0 to 1, got {momentum}")
-    for slow, fast in zip(target.parameters(), source.parameters(), strict=True):
-        slow.mul_(momentum).add_(fast.to(slow), alpha=1 - momentum)
+    slow = target.state_dict(keep_vars=True)
+    for name, fast in source.named_parameters():
+        slow[name].mul_(momentum).add_(fast.to(slow[name]), alpha=1 - momentum)
 
 
 class PyramidStage(nn.Module):
@@ -113,13 +114,19 @@ class PyramidStage(nn.Module):
 
 
 class _Guide(nn.Module):
-    """The momentum copy of the first stage's norm and S4 layer."""
+    """The momentum copy of the first stage's norm and S4 layer.
+
+    Its tensors are buffers: they change in training, so a checkpoint has to hold them, but no
+    optimizer moves them.
+    """
 
     def __init__(self, stage: PyramidStage) -> None:
         super().__init__()
         self.norm, self.s4 = copy.deepcopy(stage.norm), copy.deepcopy(stage.s4)
-        for p in self.parameters():
-            p.requires_grad_(False)
+        for module in list(self.modules()):
+            for name, p in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, p.detach().clone())
 
     def train(self, mode: bool = True) -> "_Guide":
         """It never drops a channel."""

@@ -73,6 +73,9 @@ class Task:
         """Groups for AdamW; ``lr_scale`` multiplies the learning rate, ``clip=False`` exempts."""
         return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
 
+    def after_step(self) -> None:
+        """Called after each step of the optimizer, before averages are updated."""
+
     def compile_targets(self) -> list[nn.Module]:
         """Networks inside ``model`` that :attr:`LoopConfig.compile` applies to."""
         return [self.model]
@@ -305,6 +308,7 @@ class _Run:
                 self._add("grad_norm", norm.detach().float())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.replays_graphs)
+        self.task.after_step()
         if self.ema is not None:
             self.ema.update()
         state.step += 1
