@@ -80,11 +80,15 @@ class _StoredItems(Dataset):
 class _ReadItems(Dataset):
     """Clips decoded anew each time; a broken one is replaced by the next of its shape.
 
-    What was left out for an item stands in its ``"skipped"``, (key, reason) each.
+    What was left out for an item stands in its ``"skipped"``, (key, reason) each. With ``classes``,
+    class -> index, an item holds the index of its clip's class as ``"label"``.
     """
 
-    def __init__(self, readers: Sequence[Any]) -> None:
+    def __init__(
+        self, readers: Sequence[Any], classes: dict[str, int] | None = None, label_key: str = ""
+    ) -> None:
         self.places = [(reader, row) for reader in readers for row in range(len(reader))]
+        self.classes, self.label_key = classes, label_key
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         index, seed = place
@@ -102,7 +106,10 @@ class _ReadItems(Dataset):
                 continue
             captions = record.meta.get("captions") or [record.text]
             caption = captions[seed % len(captions)]
-            return {"frames": record.frames, "caption": caption, "skipped": skipped}
+            item = {"frames": record.frames, "caption": caption, "skipped": skipped}
+            if self.classes is not None:
+                item["label"] = self.classes[str(record.meta[self.label_key])]
+            return item
         raise ValueError(
             f"{len(skipped)} clips in a row could not be read, the first for being "
             f"{skipped[0][1]}: {skipped[0][0]}"
@@ -136,8 +143,11 @@ def prepare(
         text: text encoder, or None when no text is read.
         vae: VAE folder when the batches hold latents, None when they hold frames.
         labels: class names when the batches shall hold ``"label"`` (B,); "all" takes those that
-            occur, sorted.
+            occur in the training split, sorted.
         label_key: entry of a clip's meta data that holds its class.
+
+    Raises:
+        ValueError: a clip of either split without a class, or of one that is not among the names.
     """
     shared = {"seed": seed, "rank": accelerator.process_index, "world": accelerator.num_processes}
     device = accelerator.device
@@ -145,7 +155,7 @@ def prepare(
         shapes = {(height, width) for _, height, width in data.buckets}
         check_sizes(vae, sorted(shapes | {(data.height, data.width)}))
     if data.cache == "off":
-        return _uncached(data, loop, accelerator, shared, text, vae)
+        return _uncached(data, loop, accelerator, shared, text, vae, labels, label_key)
 
     encoder = cache(lambda: TextEncoder(cast(TextConfig, text), device))
 
@@ -169,9 +179,9 @@ def prepare(
     held = _hold(held_store, tables[1], data.validation_clips)
     names: list[str] = []
     if labels is not None:
-        found = {str(entry["meta"].get(label_key)) for entry in entries}
-        names = sorted(found) if labels == "all" else list(labels)
+        names = class_names(entries, label_key) if labels == "all" else list(labels)
         extra["label"] = label_tensor(entries, names, label_key)
+        label_tensor(held_store.entries, names, label_key)  # all of them, not only those kept
         held.tensors["label"] = label_tensor(held.entries, names, label_key)
     source: Source
     if data.resident:
@@ -212,7 +222,33 @@ def _sampler(
     )
 
 
-def label_tensor(entries: Sequence[dict[str, Any]], labels: Sequence[str], key: str) -> Tensor:
+def class_of(entry: Any, key: str) -> str:
+    """Class of a clip: what stands under ``key`` in its meta data.
+
+    Args:
+        entry: of a reader, or a line of a store or of packed clips.
+        key: name of the class in the meta data.
+
+    Raises:
+        ValueError: nothing stands there.
+    """
+    known = entry if isinstance(entry, dict) else vars(entry)
+    value = known["meta"].get(key)
+    if value is None or value == "":
+        there = ", ".join(sorted(known["meta"])) or "nothing"
+        raise ValueError(
+            f"clip {known['key']!r} has no {key!r} in its meta data, by which it would be classed; "
+            f"there is {there}"
+        )
+    return str(value)
+
+
+def class_names(entries: Sequence[Any], key: str) -> list[str]:
+    """Classes that occur, each once, sorted; ValueError for a clip without one."""
+    return sorted({class_of(entry, key) for entry in entries})
+
+
+def label_tensor(entries: Sequence[Any], labels: Sequence[str], key: str) -> Tensor:
     """Class index (N,) of each entry.
 
     Raises:
@@ -221,11 +257,12 @@ def label_tensor(entries: Sequence[dict[str, Any]], labels: Sequence[str], key: 
     index = {label: number for number, label in enumerate(labels)}
     found = []
     for entry in entries:
-        value = entry["meta"].get(key)
+        value = class_of(entry, key)
         if value not in index:
+            name = entry["key"] if isinstance(entry, dict) else entry.key
             raise ValueError(
-                f"clip {entry['key']!r} has {key}={value!r}, which is none of the {len(labels)} "
-                "classes"
+                f"clip {name!r} has {key}={value!r}, which is none of the {len(labels)} classes "
+                f"that are trained: {', '.join(labels[:8])}{' ...' if len(labels) > 8 else ''}"
             )
         found.append(index[value])
     return torch.tensor(found)
@@ -258,6 +295,8 @@ def _uncached(
     shared: dict[str, int],
     text: TextConfig | None,
     vae_path: str | None,
+    labels: Sequence[str] | Literal["all"] | None,
+    label_key: str,
 ) -> Prepared:
     """Decode, encode and read sentences anew for each batch; the encoders stay on the device."""
     device = accelerator.device
@@ -276,8 +315,18 @@ def _uncached(
 
     with main_process_first(accelerator, Path(data.cache_dir)) if data.buckets else nullcontext():
         readers = [reader for _, reader in open_parts(data, data.split)]
+    held_reader = open_reader(data, data.validation_split)
+    _check_validation(len(held_reader), data)
+    names: list[str] = []
+    classes = None
+    if labels is not None:
+        entries = [entry for reader in readers for entry in reader.entries]
+        names = class_names(entries, label_key) if labels == "all" else list(labels)
+        for known in (entries, held_reader.entries):
+            label_tensor(known, names, label_key)
+        classes = {name: number for number, name in enumerate(names)}
     source = LoaderSource(
-        _ReadItems(readers),
+        _ReadItems(readers, classes, label_key),
         _sampler([len(reader) for reader in readers], data, loop, accelerator, shared["seed"]),
         _collate,
         seed=shared["seed"],
@@ -286,11 +335,9 @@ def _uncached(
         finish=finish,
         name=data.root,
     )
-    held_reader = open_reader(data, data.validation_split)
-    _check_validation(len(held_reader), data)
     count = min(data.validation_clips, len(held_reader))
     places = torch.linspace(0, len(held_reader) - 1, count).round().long().tolist()
-    held_items = _ReadItems([held_reader])
+    held_items = _ReadItems([held_reader], classes, label_key)
     items = _collate([held_items[place, 0] for place in places])
     captions = list(items["caption"])
     batch = finish({**items, "frames": items["frames"].to(device)})
@@ -304,4 +351,4 @@ def _uncached(
             for p, c in zip(places, captions, strict=True)
         ],
     )
-    return Prepared(source, held, [], [])
+    return Prepared(source, held, [], names)
