@@ -144,6 +144,36 @@ class ActionClassifier(ModelMixin, ConfigMixin):
         return [names[i] for i in self.head(self.features(frames)).argmax(-1).tolist()]
 
 
+def jitter_colours(
+    frames: Tensor, amount: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Random saturation, contrast and brightness, one draw a clip for all its frames.
+
+    Args:
+        frames: ``(B, C, T, H, W)`` in [-1, 1], floating point, on any device.
+        amount: largest relative change of each, 0 to below 1.
+        generator: source of all draws, on the device of ``frames``.
+
+    Returns:
+        A new tensor of the shape and dtype of ``frames``, not clamped.
+
+    Raises:
+        ValueError: ``amount`` lies outside of that.
+    """
+    if not 0 <= amount < 1:
+        raise ValueError(f"the change of colours must be at least 0 and below 1, got {amount}")
+
+    def uniform(low: float, high: float) -> Tensor:
+        draw = torch.rand(len(frames), generator=generator, device=frames.device)
+        return (low + (high - low) * draw).view(-1, 1, 1, 1, 1).to(frames.dtype)
+
+    grey = frames.mean(dim=1, keepdim=True)
+    x = grey + (frames - grey) * uniform(1 - amount, 1 + amount)
+    centre = x.mean(dim=(1, 2, 3, 4), keepdim=True)
+    x = centre + (x - centre) * uniform(1 - amount, 1 + amount)
+    return x + uniform(-amount, amount)
+
+
 def augment_clips(
     frames: Tensor,
     *,
@@ -201,11 +231,7 @@ def augment_clips(
     coarse = F.interpolate(coarse.flatten(1, 2), size=(height, width), mode="bilinear")
     x = torch.where(uniform(0, 1) < degrade, coarse.unflatten(1, x.shape[1:3]), x)
 
-    grey = x.mean(dim=1, keepdim=True)
-    x = grey + (x - grey) * uniform(1 - jitter, 1 + jitter)
-    centre = x.mean(dim=(1, 2, 3, 4), keepdim=True)
-    x = centre + (x - centre) * uniform(1 - jitter, 1 + jitter)
-    x = x + uniform(-jitter, jitter)
+    x = jitter_colours(x, jitter, generator)
 
     noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
     strength = uniform(0, 0.1) * (uniform(0, 1) < degrade)
