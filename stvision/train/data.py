@@ -19,6 +19,11 @@ READERS: dict[str, str] = {
     "something": "stvision.datasets.something_something:SomethingSomething",
     "bridge": "stvision.datasets.bridge:BridgeData",
     "epic": "stvision.datasets.epic_kitchens:EpicKitchens",
+    "kinetics": "stvision.datasets.kinetics:Kinetics",
+    "ucf101": "stvision.datasets.ucf101:UCF101",
+    "hmdb51": "stvision.datasets.hmdb51:HMDB51",
+    "coin": "stvision.datasets.coin:COIN",
+    "breakfast": "stvision.datasets.breakfast:Breakfast",
     "packed": "stvision.datasets.packed:PackedFolder",
 }
 
@@ -27,7 +32,18 @@ READERS: dict[str, str] = {
 class DataConfig:
     """Which clips, cut how, and where the results of costly steps are kept."""
 
-    kind: Literal["clips", "something", "bridge", "epic", "packed"] = "clips"
+    kind: Literal[
+        "clips",
+        "something",
+        "bridge",
+        "epic",
+        "kinetics",
+        "ucf101",
+        "hmdb51",
+        "coin",
+        "breakfast",
+        "packed",
+    ] = "clips"
     """Format of the data set; "packed" is a folder written by `stvision.datasets.packed.pack`."""
     root: str = "data/metaworld"
     """Folder of the data set."""
