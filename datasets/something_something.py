@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from stvision.datasets.labelled import names_by_number
 from stvision.datasets.records import ClipDataset, Entry, Tally, canonical_split, clean_captions
 
 _PREFIXES = ("something-something-v2-", "")
@@ -23,8 +24,9 @@ _LABEL_FOLDERS = (".", "labels", "annotations")
 class SomethingSomething(ClipDataset):
     """Clips of Something-Something V2.
 
-    ``meta`` holds ``template``, ``placeholders``, ``split`` and, with a labels file, ``class_id``
-    (0 to 173). Videos that are missing and annotations without a label (the test set's) are left
+    ``meta`` holds ``template``, ``placeholders``, ``split``, ``label`` (the template as
+    ``labels.json`` writes it, without brackets) and, with that file, ``class_id`` (0 to 173);
+    ``class_names`` the labels in the order of ``class_id``, none without the file. Videos that are missing and annotations without a label (the test set's) are left
     out and counted.
 
     Args:
@@ -61,6 +63,7 @@ class SomethingSomething(ClipDataset):
             )
         labels = _find([file.parent], "labels")
         numbers = json.loads(labels.read_text(encoding="utf-8")) if labels else {}
+        self.class_names = names_by_number({int(n): label for label, n in numbers.items()})
         places = [Path(videos)] if videos else [folder / f for f in _VIDEO_FOLDERS]
         clips = next((p for p in places if p.is_dir() and any(p.glob("*.webm"))), None)
         if clips is None:
@@ -83,12 +86,14 @@ class SomethingSomething(ClipDataset):
                 tally.skip("missing", video)
             else:
                 template = str(row.get("template", ""))
+                label = template.replace("[", "").replace("]", "")
                 meta: dict[str, Any] = {
+                    "label": label,
                     "template": template,
                     "placeholders": list(row.get("placeholders", [])),
                     "split": name,
                 }
-                number = numbers.get(template.replace("[", "").replace("]", ""))
+                number = numbers.get(label)
                 if number is not None:
                     meta["class_id"] = int(number)
                 entries.append(Entry(clips / video, captions, str(row["id"]), meta))

@@ -64,6 +64,8 @@ def test_something_something(ssv2: Path, prefix: str) -> None:
     record = data[0]
     assert record.text == "holding potato next to vicks vaporub bottle"
     assert record.meta["class_id"] == 41 and record.meta["placeholders"][0] == "potato"
+    assert record.meta["label"] == data.class_names[41] == "Holding something next to something"
+    assert len(data.class_names) == 42 and len(set(data.class_names)) == 42
     assert record.frames.shape == (12, 16, 16, 3) and record.key == "78687"
     assert [entry.key for entry in SomethingSomething(ssv2, split="val").entries] == ["42326"]
     assert dict(SomethingSomething(ssv2, split="test").tally.reasons) == {"without a sentence": 1}
