@@ -12,6 +12,7 @@ import tyro
 from stvision.cli import predictions
 from stvision.cli.devices import choose_device
 from stvision.cli.eval_broadway import BroadWayTable, run_broadway
+from stvision.cli.eval_classify import Classify, run_classify
 from stvision.cli.eval_motion import Motion, run_motion
 from stvision.cli.options import says_its_defaults, shows_last
 from stvision.cli.predictions import PredictionOptions
@@ -121,12 +122,13 @@ class Clips:
 
 @dataclass
 class Command:
-    """Score predictions against real clips, or measure the motion of clips."""
+    """Score predictions against real clips, measure the motion of clips, or test a classifier."""
 
     job: Annotated[
         Annotated[Predict, tyro.conf.subcommand("predict", prefix_name=False)]
         | Annotated[Clips, tyro.conf.subcommand("clips", prefix_name=False)]
         | Annotated[Motion, tyro.conf.subcommand("motion", prefix_name=False)]
+        | Annotated[Classify, tyro.conf.subcommand("classify", prefix_name=False)]
         | Annotated[BroadWayTable, tyro.conf.subcommand("broadway", prefix_name=False)],
         tyro.conf.arg(name=""),
     ]
@@ -136,6 +138,8 @@ def run(command: Command) -> int:
     """Run the chosen job."""
     if isinstance(command.job, Motion):
         return run_motion(command.job)
+    if isinstance(command.job, Classify):
+        return run_classify(command.job)
     if isinstance(command.job, BroadWayTable):
         return run_broadway(command.job)
     return run_predict(command.job) if isinstance(command.job, Predict) else run_clips(command.job)

@@ -10,5 +10,6 @@ TASKS: dict[str, tuple[str, str]] = {
     "image": ("stvision.train.image", "text-to-image diffusion on single frames"),
     "seer": ("stvision.train.seer", "video prediction by inflating an image U-Net"),
     "action": ("stvision.train.action", "classifier that names the task a clip shows"),
+    "classify": ("stvision.train.classify", "video classifier around any backbone"),
     "cache": ("stvision.train.cache", "compute frames, latents and text states once"),
 }
