@@ -9,14 +9,14 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
 from stvision.kernels.neighborhood import dense
-from stvision.kernels.neighborhood.choice import Choice, Request, choose
-from stvision.kernels.neighborhood.ops import neighborhood_attention
+from stvision.kernels.neighborhood.choice import Choice, Request, choose, interpreted
+from stvision.kernels.neighborhood.ops import attend
 from stvision.kernels.neighborhood.problem import (
     AXIS_NAMES,
     PerAxisBool,
@@ -54,6 +54,12 @@ def merge(
     safe = total.masked_fill(total == 0, 1.0)
     merged = (first / safe)[..., None] * out + (second / safe)[..., None] * other_out
     return merged.to(out.dtype), total.log() + top
+
+
+#: what :func:`_prepare` found for calls without bias, mask and additional tokens
+_KNOWN: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+#: calls of which it is remembered
+MOST_KNOWN = 1024
 
 
 class _Call(NamedTuple):
@@ -99,48 +105,69 @@ def _prepare(
             additional_values = additional_values.to(dtype)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    check_tensors(
-        rank,
-        query,
-        key,
-        value,
-        rpb=rpb,
-        key_mask=key_mask,
-        additional_keys=additional_keys,
-        additional_values=additional_values,
+    given = (rpb, key_mask, additional_keys, additional_values)
+    needs_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, key, value, *given)
     )
-    axes, kept = build_axes(
-        query.shape[1:-2],
-        key.shape[1:-2],
-        kernel_size=kernel_size,
-        stride=stride,
-        dilation=dilation,
-        is_causal=is_causal,
-        border=border,
-        pad=pad,
-        query_map=query_map,
-    )
-    if rpb is not None:
-        check_rpb(rpb, axes)
-    for axis, inner in enumerate(kept, start=1):
-        if inner.stop - inner.start < query.shape[axis]:
-            query = query.narrow(axis, inner.start, inner.stop - inner.start)
-    inputs = (query, key, value, rpb, additional_keys, additional_values)
-    request = Request(
-        device=query.device,
-        dtype=query.dtype,
-        axes=axes,
-        head_dim=query.shape[-1],
-        value_dim=value.shape[-1],
-        has_rpb=rpb is not None,
-        has_key_mask=key_mask is not None,
-        needs_grad=torch.is_grad_enabled()
-        and any(x is not None and x.requires_grad for x in inputs),
-        needs_lse=return_lse or bool(additional_keys is not None and additional_keys.shape[1]),
-        batch=query.shape[0],
-        deterministic=deterministic,
-    )
-    choice = choose(request, backend)
+    label: tuple[Any, ...] | None = None
+    if all(x is None for x in given) and type(query) is torch.Tensor:
+        # checks and choices take as long as a small kernel; repr tells 1 from True and 1.0
+        words = repr((kernel_size, stride, dilation, is_causal, border, pad, query_map, backend))
+        tensors = ((x.shape, x.dtype, x.device) for x in (query, key, value))
+        label = (rank, *tensors, words, return_lse, deterministic, needs_grad, interpreted())
+        if torch.compiler.is_compiling():
+            label = None
+    known = None if label is None else _KNOWN.get(label)
+    if known is None:
+        check_tensors(
+            rank,
+            query,
+            key,
+            value,
+            rpb=rpb,
+            key_mask=key_mask,
+            additional_keys=additional_keys,
+            additional_values=additional_values,
+        )
+        axes, kept = build_axes(
+            query.shape[1:-2],
+            key.shape[1:-2],
+            kernel_size=kernel_size,
+            stride=stride,
+            dilation=dilation,
+            is_causal=is_causal,
+            border=border,
+            pad=pad,
+            query_map=query_map,
+        )
+        if rpb is not None:
+            check_rpb(rpb, axes)
+        cuts = [
+            (axis, inner.start, inner.stop - inner.start)
+            for axis, inner in enumerate(kept, start=1)
+            if inner.stop - inner.start < query.shape[axis]
+        ]
+        request = Request(
+            device=query.device,
+            dtype=query.dtype,
+            axes=axes,
+            head_dim=query.shape[-1],
+            value_dim=value.shape[-1],
+            has_rpb=rpb is not None,
+            has_key_mask=key_mask is not None,
+            needs_grad=needs_grad,
+            needs_lse=return_lse or bool(additional_keys is not None and additional_keys.shape[1]),
+            batch=query.shape[0],
+            deterministic=deterministic,
+        )
+        known = axes, cuts, request, choose(request, backend)
+        if label is not None:
+            if len(_KNOWN) >= MOST_KNOWN:
+                _KNOWN.clear()
+            _KNOWN[label] = known
+    axes, cuts, request, choice = known
+    for axis, start, length in cuts:
+        query = query.narrow(axis, start, length)
     return _Call(
         query,
         key,
@@ -167,6 +194,12 @@ def _backend_of_tokens(call: _Call, axes: tuple[Axis, ...], options: dict[str, A
     return choose(request, options.get("backend", call.choice.backend)).backend
 
 
+@lru_cache(maxsize=512)
+def _encoded(axes: tuple[Axis, ...]) -> list[int]:
+    """The axes as one list of numbers; not to be changed."""
+    return [number for axis in axes for number in axis.encode()]
+
+
 def _attend(
     backend: str,
     query: torch.Tensor,
@@ -183,9 +216,8 @@ def _attend(
         from stvision.kernels.neighborhood import flex
 
         return flex.attention(query, key, value, key_mask, axes, scale, tile[: len(axes)] or None)
-    numbers = [number for axis in axes for number in axis.encode()]
-    return neighborhood_attention(
-        query, key, value, rpb, key_mask, numbers, scale, backend, list(tile), deterministic
+    return attend(
+        query, key, value, rpb, key_mask, _encoded(axes), scale, backend, list(tile), deterministic
     )
 
 

@@ -5,7 +5,7 @@ The backend is an argument, so that ``torch.compile`` sees one operator whatever
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -51,8 +51,7 @@ def _options(
     return options
 
 
-@torch.library.custom_op("stvision::neighborhood_attention", mutates_args=())
-def neighborhood_attention(
+def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -71,6 +70,12 @@ def neighborhood_attention(
         )
 
 
+#: (query, key, value, rpb, key_mask, axes, scale, backend, tile, deterministic) -> output, lse
+neighborhood_attention = torch.library.custom_op(
+    "stvision::neighborhood_attention", _forward, mutates_args=()
+)
+
+
 @neighborhood_attention.register_fake
 def _(query, key, value, rpb, key_mask, axes, scale, backend, tile, deterministic):
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -80,8 +85,7 @@ def _(query, key, value, rpb, key_mask, axes, scale, backend, tile, deterministi
     )
 
 
-@torch.library.custom_op("stvision::neighborhood_attention_backward", mutates_args=())
-def neighborhood_attention_backward(
+def _backward_now(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,
     query: torch.Tensor,
@@ -116,6 +120,11 @@ def neighborhood_attention_backward(
     return dq, dk, dv, query.new_empty(0) if drpb is None else drpb
 
 
+neighborhood_attention_backward = torch.library.custom_op(
+    "stvision::neighborhood_attention_backward", _backward_now, mutates_args=()
+)
+
+
 @neighborhood_attention_backward.register_fake
 def _(
     grad_out,
@@ -147,9 +156,15 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.options = (axes, scale, backend, tile, deterministic)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple:
+def _backward(
+    ctx: Any,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    run: Callable[..., tuple[torch.Tensor, ...]] | None = None,
+) -> tuple:
+    run = run or neighborhood_attention_backward
     query, key, value, rpb, key_mask, out, lse = ctx.saved_tensors
-    dq, dk, dv, drpb = neighborhood_attention_backward(
+    dq, dk, dv, drpb = run(
         grad_out, grad_lse, query, key, value, rpb, key_mask, out, lse, *ctx.options
     )
     return dq, dk, dv, None if rpb is None else drpb, None, None, None, None, None, None
@@ -179,3 +194,51 @@ torch.library.register_autograd(
 )
 torch.library.register_vmap(neighborhood_attention, _no_vmap)
 torch.library.register_vmap(neighborhood_attention_backward, _no_vmap)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without its dispatch, which takes longer than the kernels of a small clip."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple:
+        # what watches a backward, such as create_graph=True, must see the operator
+        watched = torch.is_grad_enabled() or not _is_plain(grad_out, grad_lse, *ctx.saved_tensors)
+        return _backward(ctx, grad_out, grad_lse, None if watched else _backward_now)
+
+
+def _is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether nothing watches operators on these tensors: no compiler, transform or mode."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors if x is not None)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rpb: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    axes: Sequence[int],
+    scale: float,
+    backend: str,
+    tile: Sequence[int],
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`neighborhood_attention`, past the dispatcher where nothing watches it."""
+    inputs = (query, key, value, rpb, key_mask, axes, scale, backend, tile, deterministic)
+    if not _is_plain(query, key, value, rpb, key_mask):
+        return neighborhood_attention(*inputs)
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, key, value, rpb)
+    ):
+        return _Direct.apply(*inputs)
+    return _forward(*inputs)

@@ -216,6 +216,23 @@ def forward_kernel(
     )
 
 
+@triton.jit(do_not_specialize=["rows"])
+def delta_kernel(
+    out, grad_out, grad_lse, delta, rows,
+    DV: tl.constexpr, BDV: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """``sum(grad_out * out) - grad_lse`` of each row, without float32 copies of the tensors."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    real = row < rows
+    dim = tl.arange(0, BDV)
+    at = row[:, None] * DV + dim[None, :]
+    mask = real[:, None] & (dim < DV)[None, :]
+    a = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
+    less = tl.load(grad_lse + row, mask=real, other=0.0)
+    tl.store(delta + row, tl.sum(a * b, 1) - less, mask=real)
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def query_gradient_kernel(
     q, k, v, bias, key_mask, grad_out, lse, delta, grad_q, grad_bias,

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
 from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stvision.kernels.neighborhood import blocked, triton_boxes, triton_config, triton_kernels
 from stvision.kernels.neighborhood.choice import interpreted
@@ -32,25 +33,66 @@ BUSY = 512
 #: pipeline depth that fits a device's shared memory, found at the first launch that did not
 _DEPTH: dict[tuple[Any, ...], int] = {}
 
+#: compiled kernels, with their constants in the order of the signature
+_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+#: integers above this are of another type to a kernel
+LARGEST_INT32 = 2**31 - 1
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """``device`` as the present one; costs nothing where it is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _compile_key(kernel: Any, device: torch.device, arguments: tuple, values: tuple) -> tuple:
+    """All that decides which compiled form of a kernel a launch takes.
+
+    Kernels declare their integers unspecialised, so of those only the width counts; descriptors have
+    their shapes among the constants.
+    """
+    kinds: list[Any] = []
+    for x in arguments:
+        if isinstance(x, int):
+            kinds.append(x > LARGEST_INT32)
+        elif isinstance(x, torch.Tensor):
+            kinds.append((x.dtype, x.data_ptr() % 16 == 0))
+        elif not isinstance(x, float):
+            kinds.append(x.base.dtype)
+    return (kernel, device, *kinds, *values)
+
 
 def _launch(
     kernel: Any, programs: int, device: torch.device, arguments: tuple, constants: dict[str, Any]
 ) -> None:
-    """Launch, with a shallower load pipeline where the device has too little shared memory."""
-    first = arguments[0]
-    known = (kernel.__name__, device, *constants.values(), getattr(first, "base", first).dtype)
-    depth = _DEPTH.get(known, constants["num_stages"])
-    while True:
-        try:
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                kernel[(programs,)](*arguments, **(constants | {"num_stages": depth}))
-        except OutOfResources:
-            if depth == 1:
-                raise
-            depth -= 1
-            _DEPTH[known] = depth
-        else:
+    """Launch, with a shallower load pipeline where the device has too little shared memory.
+
+    Triton looks at every argument of every launch anew, which takes longer than many a kernel; what
+    it found is kept here.
+    """
+    key = _compile_key(kernel, device, arguments, tuple(constants.values()))
+    with _on(device):
+        if key in _COMPILED:
+            compiled, ordered = _COMPILED[key]
+            compiled[(programs, 1, 1)](*arguments, *ordered)
             return
+        depth = _DEPTH.get(key, constants["num_stages"])
+        while True:
+            try:
+                compiled = kernel[(programs,)](*arguments, **(constants | {"num_stages": depth}))
+            except OutOfResources:
+                if depth == 1:
+                    raise
+                depth -= 1
+                _DEPTH[key] = depth
+            else:
+                break
+    if not interpreted():
+        # runtime arguments come first in every signature
+        names = kernel.arg_names[len(arguments) :]
+        _COMPILED[key] = compiled, tuple(constants[name] for name in names)
 
 
 def _grid3(x: torch.Tensor) -> torch.Tensor:
@@ -81,8 +123,6 @@ def _descriptors(k: torch.Tensor, v: torch.Tensor, box: tuple[int, ...]) -> tupl
             return None
         if any(s <= 0 for s in strides):
             return None
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
         shape = [*x.shape[:4], x.shape[4] * size]
         found.append(TensorDescriptor(x, shape, strides, [1, *box, size]))
     return found[0], found[1]
@@ -98,6 +138,31 @@ def _device_name(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device)
 
 
+@lru_cache(maxsize=512)
+def _box_layout(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    bytes_: int,
+    box: tuple[int, int, int],
+    width: int,
+) -> tuple[tuple[int, ...], ...] | None:
+    """Shape, strides and block of a descriptor, see :func:`_box`."""
+    *lengths, heads, size = shape
+    *steps, head_stride, _ = strides
+    if heads > 1 and (head_stride != size or size * bytes_ % 16):
+        return None
+    # the stride of an axis of one token is never walked, but must be a valid one
+    whole = -(-heads * size // 16) * 16
+    steps = [whole if n == 1 else s for n, s in zip(lengths, steps, strict=True)]
+    if any(s <= 0 or s * bytes_ % 16 for s in steps):
+        return None
+    return (*lengths, heads * size), (*steps, 1), (1, *box, width)
+
+
+#: fields of a checked descriptor, without its tensor
+_DESCRIBED: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+
 def _box(x: torch.Tensor, box: tuple[int, int, int], width: int) -> Any | None:
     """Tensor-map descriptor that loads boxes of one head, ``None`` where the layout forbids it.
 
@@ -106,19 +171,20 @@ def _box(x: torch.Tensor, box: tuple[int, int, int], width: int) -> Any | None:
         box: tokens of a box per axis.
         width: columns of a box, at least d.
     """
-    *lengths, heads, size = x.shape
-    *strides, head_stride, _ = x.stride()
-    bytes_ = x.element_size()
-    if heads > 1 and (head_stride != size or size * bytes_ % 16):
+    layout = _box_layout(tuple(x.shape), x.stride(), x.element_size(), box, width)
+    if layout is None or x.data_ptr() % 16:
         return None
-    # the stride of an axis of one token is never walked, but must be a valid one
-    whole = -(-heads * size // 16) * 16
-    strides = [whole if n == 1 else s for n, s in zip(lengths, strides, strict=True)]
-    if x.data_ptr() % 16 or any(s <= 0 or s * bytes_ % 16 for s in strides):
-        return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(x, [*lengths, heads * size], [*strides, 1], [1, *box, width])
+    fields = _DESCRIBED.get((layout, x.dtype))
+    if fields is None:
+        made = TensorDescriptor(x, *map(list, layout))
+        if len(_DESCRIBED) >= 512:
+            _DESCRIBED.clear()
+        _DESCRIBED[layout, x.dtype] = vars(made) | {"base": None}
+        return made
+    # without the checks of its fields, which are those of the first one
+    made = object.__new__(TensorDescriptor)
+    vars(made).update(fields, base=x)
+    return made
 
 
 def _lean_shapes(
@@ -138,16 +204,18 @@ def _lean_shapes(
     return triton_config.shapes(kernel, axes, size, q.element_size(), name)
 
 
+@lru_cache(maxsize=512)
 def _lean_constants(
-    x: torch.Tensor,
-    v: torch.Tensor,
+    d: int,
+    dv: int,
+    precision: str,
     tiles: Tiles,
     align: int,
     axes: tuple[Axis, Axis, Axis],
     of_keys: bool = False,
 ) -> dict[str, Any]:
+    """Constants of a box kernel; shared, so copied by whoever adds to them."""
     names = ("QT", "QH", "QW", "KT", "KH", "KW")
-    d, dv = x.shape[-1], v.shape[-1]
     rows, columns = (tiles.key, tiles.query) if of_keys else (tiles.query, tiles.key)
     cut = [cuts(a, r, c, of_keys) for a, r, c in zip(axes, rows, columns, strict=True)]
     constants = dict(zip(names, (*tiles.query, *tiles.key), strict=True)) | {
@@ -156,7 +224,7 @@ def _lean_constants(
         "BD": _padded(d),
         "BDV": _padded(dv),
         "ALIGN": align,
-        "PRECISION": _precision(x.dtype),
+        "PRECISION": precision,
         "MASK": cut[0] + 2 * cut[1] + 4 * cut[2],
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
@@ -181,11 +249,11 @@ def _is_lean(
     return plain and fits and all(axis.dilation == 1 for axis in axes)
 
 
-def _divided(*tensors: torch.Tensor) -> tuple[int, list[int]]:
+def _divided(*tensors: torch.Tensor) -> tuple[int, tuple[int, ...]]:
     """Common divisor of the strides, at most 16, and the strides divided by it."""
     strides = [stride for x in tensors for stride in x.stride()[:5]]
     align = math.gcd(16, *strides)
-    return align, [stride // align for stride in strides]
+    return align, tuple(stride // align for stride in strides)
 
 
 def _lean_forward(
@@ -204,7 +272,7 @@ def _lean_forward(
     if tiles is None:
         return False
     align, strides = _divided(q)
-    constants = _lean_constants(q, v, tiles, align, axes)
+    constants = _lean_constants(q.shape[-1], v.shape[-1], _precision(q.dtype), tiles, align, axes)
     boxes = _box(k, tiles.key, constants["BD"]), _box(v, tiles.key, constants["BDV"])
     if None in boxes:
         return False
@@ -255,10 +323,11 @@ def _lean_backward(
         return False
     up = grad_out.view(batch, *grid, heads, dv)
     align, strides = _divided(k, v)
-    constants = _lean_constants(q, v, keys, align, axes, True)
+    precision = _precision(q.dtype)
+    constants = _lean_constants(d, dv, precision, keys, align, axes, True)
     walked = _box(q, keys.query, constants["BD"]), _box(up, keys.query, constants["BDV"])
     q_align, q_strides = _divided(q)
-    q_constants = _lean_constants(q, v, queries, q_align, axes)
+    q_constants = _lean_constants(d, dv, precision, queries, q_align, axes)
     boxes = _box(k, queries.key, q_constants["BD"]), _box(v, queries.key, q_constants["BDV"])
     if None in walked or (None in boxes and not one_pass):
         return False
@@ -435,6 +504,22 @@ def _common(
     return numbers, constants | {"PRECISION": _precision(q.dtype)}
 
 
+def _deltas(out: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> torch.Tensor:
+    """``sum(grad_out * out) - grad_lse`` of each row, float32 like ``grad_lse``."""
+    delta = torch.empty_like(grad_lse)
+    rows, size = delta.numel(), out.shape[-1]
+    padded = _padded(size)
+    block = max(16, min(128, 4096 // padded))
+    _launch(
+        triton_kernels.delta_kernel,
+        -(-rows // block),
+        out.device,
+        (out, grad_out, grad_lse, delta, rows),
+        {"DV": size, "BDV": padded, "R": block, "num_warps": 4, "num_stages": 1},
+    )
+    return delta
+
+
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -551,7 +636,7 @@ def backward(
     size = max(key.shape[-1], value.shape[-1])
     # two products more live at once than in the forward, so the boxes are those of twice the size
     tiles = _sizes(tile, axes, 2 * size, query.element_size())
-    delta = (grad_out.float() * out).sum(-1) - grad_lse
+    delta = _deltas(out, grad_out, grad_lse)
     bounds = on_device(filled, tiles.query, "bounds", str(q.device))
     numbers, constants = _common(q, k, v, filled, tiles, rpb, key_mask)
     mask = q if key_mask is None else key_mask.contiguous().view(torch.uint8)

@@ -1,11 +1,14 @@
 """Neighborhood attention against the float64 definition, its identities, and its refusals."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from support_neighborhood import Problem, check, problems, relative_error
+from torch.utils.flop_counter import FlopCounterMode
 
 from stvision.kernels.neighborhood import blocked as blocked_path
 from stvision.kernels.neighborhood import (
@@ -439,3 +442,37 @@ def test_bad_tensors_get_one_sentence() -> None:
         na2d(q, k[:1], v[:1], 3)
     with pytest.raises(ValueError, match="key is on meta but query is on cpu"):
         na2d(q, k.to("meta"), v, 3)
+
+
+def test_the_way_past_the_dispatcher_is_the_operator() -> None:
+    shape = (2, 3, 5, 6, 2, 8)
+    results = []
+    for watched in (False, True):
+        leaves = [torch.randn(shape, dtype=torch.float64).requires_grad_() for _ in range(3)]
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.normal_()
+        mode = FlopCounterMode(display=False) if watched else nullcontext()
+        with mode:
+            out, lse = na3d(*leaves, (3, 3, 5), backend="blocked", return_lse=True)
+            name = type(out.grad_fn).__name__
+            (out.square().sum() + lse.sin().sum()).backward()
+        # a mode must see the operator; without one the shorter way is taken
+        assert name.startswith("_Direct") != watched, name
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for short, long in zip(*results, strict=True):
+        assert torch.equal(short, long)
+
+
+def test_a_remembered_call_is_checked_like_a_new_one() -> None:
+    x = torch.randn(1, 6, 6, 2, 8)
+    na2d(x, x, x, 3, is_causal=False)
+    with pytest.raises(TypeError, match="is_causal takes bool values, not 0"):
+        na2d(x, x, x, 3, is_causal=0)
+    with pytest.raises(TypeError, match=r"kernel_size"):
+        na2d(x, x, x, 3.0)
+    with pytest.raises(TypeError, match="value is torch.float64"):
+        na2d(x, x, x.double(), 3)
+    first = na2d(x, x, x, 3, border="valid")
+    assert torch.equal(na2d(x, x, x, 3, border="valid"), first) and first.shape[1:3] == (4, 4)
