@@ -7,6 +7,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("stvision.cli.convert", "turn published weights into a pipeline folder"),
     "data": ("stvision.cli.data", "render or inspect a set of clips"),
     "eval": ("stvision.cli.eval", "score predictions against real clips"),
+    "bench": ("stvision.cli.bench", "compare mechanisms: accuracy, time, memory"),
     "tune": ("stvision.cli.tune", "find the fastest attention kernel shapes for a problem"),
     "env": ("stvision.cli.env", "show versions, devices and what each optional backend says"),
 }
@@ -18,4 +19,5 @@ MEMORY_ADVICE: dict[str, str] = {
     "eval": "give a smaller --batch-size or --size",
     "convert": "give --dtype float16",
     "data": "give fewer --workers",
+    "bench": "give fewer --workers or a smaller --time-batch",
 }
