@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 logger = logging.getLogger(__name__)
 
-Sampling = Literal["uniform", "center", "random"]
+Sampling = Literal["uniform", "segments", "center", "random"]
 
 #: names under which a split is known
 SPLIT_NAMES: dict[str, str] = {
@@ -159,7 +159,8 @@ class ClipDataset(Dataset):
         entries: the clips.
         num_frames: frames of a record; all of the clip (at ``fps``) when None.
         fps: rate at which frames are taken; the source's own when None.
-        sampling: with ``num_frames``: "uniform" spreads them over the whole clip, "center" and
+        sampling: with ``num_frames``: "uniform" spreads them over the whole clip, "segments" takes
+            one at random from each of equal parts of it (TSN, Wang et al. 2016), "center" and
             "random" take them in a row (at ``fps``) from its middle or a random place.
         size: pixels, (height, width) or side of a square; frames are scaled to cover it and cut to
             it in the middle. The source's own size when None.
@@ -191,7 +192,7 @@ class ClipDataset(Dataset):
         if fps is not None and not fps > 0:
             raise ValueError(f"fps must be above 0, got {fps}")
         for value, field_name, allowed in (
-            (sampling, "sampling", ("uniform", "center", "random")),
+            (sampling, "sampling", ("uniform", "segments", "center", "random")),
             (caption, "caption", ("first", "random")),
             (on_error, "on_error", ("raise", "skip")),
         ):
@@ -292,7 +293,7 @@ class ClipDataset(Dataset):
     def temporal_view(self, number: int, count: int) -> "ClipDataset":
         """The same data set with one of several views in time of each clip, without any draw.
 
-        With "uniform" sampling the views lie between each other over the whole clip (see
+        With "uniform" and "segments" sampling the views lie between each other over the whole clip (see
         ``stvision.io.sampling.view_indices``); with "center" and "random" their first frames are
         spread evenly from the clip's beginning to the last that leaves room, and a single view is
         the middle.
@@ -335,7 +336,7 @@ class ClipDataset(Dataset):
         return [first + pick for pick in picks]
 
     def _choose(self, entry: Entry, times: Tensor, generator: torch.Generator) -> list[int]:
-        from stvision.io.sampling import view_indices
+        from stvision.io.sampling import segment_indices, view_indices
 
         picks = self._candidates(entry, times)
         wanted = self.num_frames
@@ -346,7 +347,10 @@ class ClipDataset(Dataset):
                 "too short", f"{entry.key}: {len(picks)} frames, {wanted} are asked for"
             )
         number, count = self.view or (0, 1)
-        if self.sampling == "uniform":
+        if self.sampling == "segments" and self.view is None:
+            places = torch.rand(wanted, generator=generator, dtype=torch.float64)
+            return [picks[i] for i in segment_indices(times[picks], places)]
+        if self.sampling in ("uniform", "segments"):
             return [picks[i] for i in view_indices(times[picks], wanted, number, count)]
         room = len(picks) - wanted
         begin = room // 2

@@ -63,6 +63,28 @@ def uniform_indices(times: Tensor, n: int) -> list[int]:
     return picks
 
 
+def segment_indices(times: Tensor, places: Tensor) -> list[int]:
+    """Indices of distinct frames, one from each of equal parts of the clip's time.
+
+    Args:
+        times: (T,) float64 ascending seconds.
+        places: (n,) where in its part each lies, 0 to 1; n is at most T.
+
+    Raises:
+        ValueError: more parts than frames.
+    """
+    n, length = len(places), len(times)
+    if not 1 <= n <= length:
+        raise ValueError(f"num_frames is {n}; the clip has {length} frames, so 1 to {length}")
+    shares = (torch.arange(n, dtype=torch.float64) + places.clamp(0, 1 - 1e-9)) / n
+    picks = nearest_indices(times, times[0] + shares * (times[-1] - times[0]))
+    if len(picks.unique()) < n:  # parts of frames instead of time, which hold at least one each
+        starts = torch.arange(n + 1) * length // n
+        room = (starts[1:] - starts[:-1]).double()
+        picks = starts[:-1] + (places.clamp(0, 1 - 1e-9) * room).long()
+    return picks.tolist()
+
+
 def view_indices(times: Tensor, n: int, number: int, count: int) -> list[int]:
     """Indices of ``n`` frames for one of several views of a clip, all spread over its whole time.
 
@@ -76,14 +98,7 @@ def view_indices(times: Tensor, n: int, number: int, count: int) -> list[int]:
         raise ValueError(f"view {number} of {count}: views are numbered from 0")
     if count == 1:
         return uniform_indices(times, n)
-    length = len(times)
-    if not 1 <= n <= length:
-        raise ValueError(f"num_frames is {n}; the clip has {length} frames, so 1 to {length}")
-    parts = (torch.arange(n, dtype=torch.float64) + (number + 0.5) / count) / n
-    picks = nearest_indices(times, times[0] + parts * (times[-1] - times[0])).tolist()
-    if len(set(picks)) < n:
-        picks = (parts * length).long().tolist()
-    return picks
+    return segment_indices(times, torch.full((n,), (number + 0.5) / count, dtype=torch.float64))
 
 
 def fps_indices(times: Tensor, fps: float) -> list[int]:

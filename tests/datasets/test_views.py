@@ -10,7 +10,7 @@ from stvision.datasets.packed import PackedFolder, pack
 from stvision.datasets.records import Skipped
 from stvision.datasets.views import ViewDataset, spatial_crops
 from stvision.io import Clip, save_clip
-from stvision.io.sampling import uniform_indices, view_indices
+from stvision.io.sampling import segment_indices, uniform_indices, view_indices
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,23 @@ def test_views_of_all_time_lie_between_each_other() -> None:
         view_indices(short, 5, 0, 2)
     with pytest.raises(ValueError, match="view 2 of 2"):
         view_indices(short, 2, 2, 2)
+
+
+def test_segments_draw_one_frame_of_each_part(folder: Path) -> None:
+    data = ClipFolder(folder, num_frames=5, sampling="segments")
+    drawn = torch.tensor([numbers(data[0, seed].frames) for seed in range(60)])
+    parts = torch.tensor(range(5)) * 3.8  # fifths of the time from frame 0 to frame 19
+    assert (drawn >= parts - 0.5).all() and (drawn <= parts + 3.8 + 0.5).all()
+    assert all(len(column.unique()) >= 4 for column in drawn.T)
+    assert (drawn.diff(dim=1) > 0).all()
+    assert numbers(data[0, 3].frames) == drawn[3].tolist()
+    assert numbers(data.temporal_view(0, 1)[0].frames) == [0, 5, 9, 14, 19]
+    # a rate that varies: where two parts fall on one frame, parts of frames instead
+    uneven = torch.tensor([0.0, 0.01, 0.02, 0.03, 5.0, 5.01], dtype=torch.float64)
+    for place, wanted in ((0.0, [0, 3, 4]), (0.5, [1, 3, 5]), (1.0, [3, 4, 5])):
+        assert segment_indices(uneven, torch.full((3,), place, dtype=torch.float64)) == wanted
+    with pytest.raises(ValueError, match="num_frames is 7; the clip has 6 frames"):
+        segment_indices(uneven, torch.zeros(7))
 
 
 def test_views_of_stretches_reach_from_the_beginning_to_the_end(folder: Path) -> None:
