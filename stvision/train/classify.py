@@ -104,6 +104,12 @@ class ClassifyConfig:
             raise ValueError(
                 "a classifier is trained on frames: set data.cache to 'frames' or 'off'"
             )
+        sampling = self.data.options.get("sampling", "uniform")
+        if self.data.cache == "frames" and sampling in ("random", "segments"):
+            raise ValueError(
+                f"data.options.sampling={sampling!r} draws other frames each time, which a cache "
+                "cannot keep: set data.cache to 'off' and data.resident to false"
+            )
         if self.data.buckets:
             raise ValueError("a classifier takes clips of one shape: leave data.buckets empty")
         if not 0 <= self.jitter < 1:
