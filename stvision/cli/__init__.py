@@ -4,7 +4,7 @@
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("stvision.cli.predict", "predict a video from a frame and a sentence"),
     "train": ("stvision.cli.train", "train a model from a configuration file"),
-    "convert": ("stvision.cli.convert", "turn published weights into a pipeline folder"),
+    "convert": ("stvision.cli.convert", "turn published weights into a pipeline or backbone"),
     "data": ("stvision.cli.data", "render or inspect a set of clips"),
     "eval": ("stvision.cli.eval", "score predictions against real clips"),
     "bench": ("stvision.cli.bench", "compare mechanisms: accuracy, time, memory"),

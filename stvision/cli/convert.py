@@ -1,4 +1,4 @@
-"""``stvision convert``: published weights into a pipeline folder."""
+"""``stvision convert``: published weights into a folder of a pipeline or of a backbone."""
 
 import json as json_module
 from dataclasses import dataclass
@@ -9,40 +9,83 @@ import tyro
 
 from stvision.cli.options import says_its_defaults
 
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+#: options that only one form has, with their defaults
+SEER_ONLY: dict[str, Any] = {
+    "sd": STABLE_DIFFUSION,
+    "schedule": "sd",
+    "num_frames": None,
+    "num_reference_frames": None,
+    "local_files_only": False,
+}
+BACKBONE_ONLY: dict[str, Any] = {"name": None, "l_max": None}
+
+
+Precision = Literal["float32", "float16", "bfloat16"]
+
 
 @says_its_defaults
 @dataclass
 class Command:
-    """Turn published weights into a pipeline folder."""
+    """Turn published weights into a folder of a pipeline ("seer") or of a backbone.
 
-    kind: Annotated[Literal["seer"], tyro.conf.Positional]
-    """What the weights are of: "seer", the folders that Seer's authors released."""
+    A backbone's folder holds model.safetensors and config.json, and create_backbone(NAME,
+    pretrained=FOLDER) loads it.
+    """
+
+    kind: Annotated[
+        Literal[
+            "seer",
+            "nat",
+            "dinat",
+            "davit",
+            "biformer",
+            "halonet",
+            "tvts",
+            "vis4mer",
+            "convs5",
+        ],
+        tyro.conf.Positional,
+    ]
+    """What the weights are of: "seer", the folders that Seer's authors released; else a family of
+    backbones in the layout of its authors, of timm or of transformers."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """Released folder with pytorch_model.bin (U-Net) and pytorch_model_1.bin (decomposer)."""
+    """Of "seer", the released folder with pytorch_model.bin (U-Net) and pytorch_model_1.bin
+    (decomposer); else a .safetensors file, a file of torch.save or (convs5) an .npz of Flax
+    parameters."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Pipeline folder to write."""
+    """Folder to write."""
 
-    sd: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """Stable Diffusion 1.5 for VAE, text encoder, tokenizer and sizes: a diffusers folder or a
-    hub name."""
+    name: str | None = None
+    """Of backbones, which one it is (default: told by the shapes)."""
 
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    l_max: int | None = None
+    """Of "vis4mer", the number of tokens that its layers were made for (default: 2048)."""
+
+    sd: str = STABLE_DIFFUSION
+    """Of "seer", Stable Diffusion 1.5 for VAE, text encoder, tokenizer and sizes: a diffusers folder
+    or a hub name."""
+
+    dtype: Precision = "float32"
     """Precision of the written weights."""
 
     schedule: Literal["sd", "authors"] = "sd"
-    """Noise schedule for sampling: Stable Diffusion's own, or that of the authors' sampler."""
+    """Of "seer", the noise schedule for sampling: Stable Diffusion's own, or that of the authors'
+    sampler."""
 
     num_frames: int | None = None
-    """Frames that the weights were trained on, reference frames included (default: 12 for a
-    release with "sthv2_seer" in its path, 16 for the others)."""
+    """Of "seer", frames that the weights were trained on, reference frames included (default: 12 for
+    a release with "sthv2_seer" in its path, 16 for the others)."""
 
     num_reference_frames: int | None = None
-    """Reference frames that they were trained on (default: 2 for "sthv2_seer", else 1)."""
+    """Of "seer", reference frames that they were trained on (default: 2 for "sthv2_seer", else 1)."""
 
     local_files_only: bool = False
-    """Never ask the network for Stable Diffusion: a folder, or what the hub's cache holds."""
+    """Of "seer", never ask the network for Stable Diffusion: a folder, or what the hub's cache
+    holds."""
 
     json: bool = False
     """Print one JSON object about the result instead of a sentence."""
@@ -50,6 +93,47 @@ class Command:
 
 def run(command: Command) -> None:
     """Convert, write, and say where."""
+    for field, default in (BACKBONE_ONLY if command.kind == "seer" else SEER_ONLY).items():
+        if getattr(command, field) != default:
+            option = field.replace("_", "-")
+            whose = "backbones" if command.kind == "seer" else "seer"
+            raise ValueError(f"--{option} is an option of {whose}, not of {command.kind}")
+    if command.l_max is not None and command.kind != "vis4mer":
+        raise ValueError(f"--l-max is an option of vis4mer, not of {command.kind}")
+    (_run_seer if command.kind == "seer" else _run_backbone)(command)
+
+
+def _run_backbone(command: Command) -> None:
+    import torch
+
+    from stvision.models.convert_backbone import convert_backbone
+
+    report = convert_backbone(
+        command.kind,
+        command.path,
+        command.output,
+        name=command.name,
+        dtype=getattr(torch, command.dtype),
+        **({} if command.l_max is None else {"l_max": command.l_max}),
+    )
+    name, parameters = report["backbone"], report["parameters"]
+    if command.json:
+        print(
+            json_module.dumps(
+                {
+                    "output": str(command.output),
+                    "backbone": name,
+                    "options": report["options"],
+                    "converted_parameters": parameters,
+                    "dtype": command.dtype,
+                }
+            )
+        )
+    else:
+        print(f"wrote {command.output}: {name} ({parameters / 1e6:.1f} M converted parameters)")
+
+
+def _run_seer(command: Command) -> None:
     if command.output.exists() and (not command.output.is_dir() or any(command.output.iterdir())):
         raise FileExistsError(f"{command.output} exists and is not an empty folder")
 

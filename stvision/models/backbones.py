@@ -13,6 +13,7 @@ from stvision.models.halonet import HALONET_MODELS
 from stvision.models.nat import NAT_MODELS
 from stvision.models.selective_s4 import SELECTIVE_S4_MODELS
 from stvision.models.tvts import TVTS_MODELS
+from stvision.models.weights import read_options
 
 
 def _nat(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -46,7 +47,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 def create_backbone(
     name: str,
     pretrained: str | Path | None = None,
-    in_chans: int = 3,
+    in_chans: int | None = None,
     num_classes: int | None = None,
     frames: int | None = None,
     **options: Any,
@@ -59,10 +60,11 @@ def create_backbone(
     Args:
         name: a key of :data:`BACKBONES`.
         pretrained: image weights in a published layout: a file, a folder, or ``owner/name`` of a
-            hub repository. A video model takes them by the rule in the module of its family, under
+            hub repository. A folder that ``stvision convert`` wrote also says which arguments its
+            weights were made for, and those hold where none are given here. A video model takes them by the rule in the module of its family, under
             which a clip of equal frames gives the logits of its image.
-        in_chans: channels of images or frames; the first convolution's weights are summed or
-            shared out where it is not theirs.
+        in_chans: channels of images or frames, ``None`` for 3; the first convolution's weights are
+            summed or shared out where it is not theirs.
         num_classes: outputs of the head, 0 for none; ``None`` for as many as the published model
             has. Where the weights have another number the head stays fresh.
         frames: ``None`` for a model of images (B, C, H, W), a number for one of clips
@@ -77,6 +79,10 @@ def create_backbone(
         raise ValueError(f"backbone must be one of {', '.join(sorted(BACKBONES))}, got {name!r}")
     if frames is not None and (isinstance(frames, bool) or frames < 1):
         raise ValueError(f"frames must be None (images) or at least 1, got {frames}")
-    if num_classes is not None:
-        options["num_classes"] = num_classes
-    return BACKBONES[name](pretrained, frames=frames, in_chans=in_chans, **options)
+    given = {"in_chans": in_chans, "num_classes": num_classes}
+    options |= {key: value for key, value in given.items() if value is not None}
+    if pretrained is not None:
+        saved = read_options(pretrained)
+        options = {key: value for key, value in saved.items() if key != "frames"} | options
+    options.setdefault("in_chans", 3)
+    return BACKBONES[name](pretrained, frames=frames, **options)

@@ -427,6 +427,73 @@ def read_flax_npz(path: str | Path) -> dict[str, Tensor]:
         return convert_convs5_flax(dict(arrays))
 
 
+def convert_convs5_predictor(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys of :class:`ConvS5Backbone` from those of :class:`ConvS5Predictor`.
+
+    The action becomes part of a bias: action 0 where there are no others, else the unknown one. The
+    decoder is left out, and there is no head.
+
+    Args:
+        state: weights of a predictor; those of a backbone pass unchanged.
+
+    Raises:
+        ValueError: layers alone, without encoder.
+    """
+    if not any(key.startswith("layers.") for key in state):
+        return dict(state)
+    if "action.weight" not in state or "encoder.conv.weight" not in state:
+        raise ValueError("the weights are of layers alone, without the encoder of frames")
+    found = {key: x for key, x in state.items() if key.startswith("encoder.")}
+    actions = state["action.weight"]
+    action = actions[0] if len(actions) == 2 else actions[-1]
+    weight = state["proj.weight"]
+    image = weight.shape[1] - len(action)
+    found["proj.weight"] = weight[:, :image]
+    found["proj.bias"] = state["proj.bias"] + weight[:, image:] @ action
+    for key, x in state.items():
+        if key.startswith("layers."):
+            found[f"stages.0.blocks.{key.removeprefix('layers.')}"] = x
+    return found
+
+
+def convs5_predictor(pretrained: str | Path, **options: Any) -> ConvS5Predictor:
+    """A predictor of the size that its weights have.
+
+    Args:
+        pretrained: weights in this package's keys, as ``stvision convert convs5`` writes them: a file,
+            a folder or ``owner/name`` of a hub repository; or the authors' as an ``.npz`` file.
+        options: ``groups`` and what else of :class:`ConvS5Predictor` shapes do not tell.
+
+    Raises:
+        ValueError: weights of something else.
+        FileNotFoundError: ``pretrained`` names nothing that exists.
+    """
+    npz = Path(pretrained).suffix == ".npz"
+    state = read_flax_npz(pretrained) if npz else read_weights(pretrained)
+    if "layers.0.ssm.C" not in state or "decoder.fc.weight" not in state:
+        raise ValueError(f"{pretrained} holds no weights of a ConvS5Predictor")
+    first = "layers.0.readout."
+    readout = "half_glu" if f"{first}fc.weight" in state else "standard"
+    blocks = len({key.split(".")[2] for key in state if key.startswith("encoder.blocks.")})
+    sizes: dict[str, Any] = {
+        "in_chans": state["encoder.conv.weight"].shape[1],
+        "widths": [state[f"encoder.blocks.{i}.conv2.weight"].shape[0] for i in range(blocks)],
+        "dim": state["proj.weight"].shape[0],
+        "state_dim": 2 * state["layers.0.ssm.lambda_re"].shape[0],
+        "depth": len({key.split(".")[1] for key in state if key.startswith("layers.")}),
+        "actions": state["action.weight"].shape[0] - 1,
+        "action_dim": state["action.weight"].shape[1],
+        "kernel_size": state["layers.0.ssm.C"].shape[-1],
+        "readout": "resnet" if f"{first}conv2.weight" in state else readout,
+    }
+    model = ConvS5Predictor(**(sizes | options))
+    model.load_state_dict(state)
+    return model
+
+
+#: keys that weights of predictors lack and that keep their fresh values
+_FRESH = ("head.norm.weight", "head.norm.bias")
+
 _SIZES: dict[str, dict[str, Any]] = {
     "convs5_small": {"widths": (32, 64, 128), "dim": 128, "depth": 4},
     "convs5_base": {},
@@ -437,15 +504,16 @@ def _builder(name: str) -> Callable[..., ConvS5Backbone]:
     def build(pretrained: str | Path | None = None, **options: Any) -> ConvS5Backbone:
         model = ConvS5Backbone(**(_SIZES[name] | options))
         if pretrained is not None:
-            load_backbone(model, read_weights(pretrained), first_conv="encoder.conv")
+            state = convert_convs5_predictor(read_weights(pretrained))
+            load_backbone(model, state, first_conv="encoder.conv", fresh=_FRESH)
         return model
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"""{name}: an encoder of frames and layers of ConvS5, in the predictor's sizes.
 
     Args:
-        pretrained: weights in this project's keys: a file, a folder or ``owner/name`` of a hub
-            repository. Nothing differs between images and clips.
+        pretrained: weights in this project's keys, of a backbone or of a predictor: a file, a folder
+            or ``owner/name`` of a hub repository. Nothing differs between images and clips.
         options: arguments of :class:`ConvS5Backbone` that differ.
     """
     return build

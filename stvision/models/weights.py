@@ -1,6 +1,7 @@
 """Weights of image backbones: reading them, and fitting them to another head, input or to video."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 #: names under which a folder or a hub repository holds its weights, in the order they are tried
 FILES = ("model.safetensors", "pytorch_model.bin", "model.bin", "model.pth")
+
+#: file beside them that says which arguments a backbone takes
+CONFIG = "config.json"
 
 #: entries under which checkpoints of trainings hold the weights
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
@@ -37,12 +41,44 @@ def read_weights(source: str | Path) -> dict[str, Tensor]:
         path = found[0]
     elif not path.is_file():
         path = _download(str(source).removeprefix("hf-hub:"))
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # both readers raise many kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} is not a file of weights: {reason[0]}") from error
     return unwrap(state, str(path))
+
+
+def read_options(source: str | Path) -> dict[str, Any]:
+    """Arguments of the backbone that stand beside its weights, where ``stvision convert`` wrote them.
+
+    Args:
+        source: as for :func:`read_weights`.
+
+    Returns:
+        The arguments; none for files and for folders or repositories of other origin.
+    """
+    folder = Path(source)
+    if folder.is_file():
+        return {}
+    if folder.is_dir():
+        path = folder / CONFIG if (folder / CONFIG).is_file() else None
+    else:
+        path = _from_hub(str(source).removeprefix("hf-hub:"), (CONFIG,))
+    if path is None:
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    options = config.get("options") if isinstance(config, dict) and "backbone" in config else None
+    return options if isinstance(options, dict) else {}
 
 
 def unwrap(state: Any, name: str = "the checkpoint") -> dict[str, Tensor]:
@@ -58,23 +94,40 @@ def unwrap(state: Any, name: str = "the checkpoint") -> dict[str, Tensor]:
 
 
 def _download(name: str) -> Path:
+    path = _from_hub(name, FILES, required=True)
+    if path is None:
+        raise FileNotFoundError(f"hub repository {name} holds none of {', '.join(FILES)}")
+    return path
+
+
+def _from_hub(name: str, files: Sequence[str], required: bool = False) -> Path | None:
+    """The first of the files that a hub repository or its copy in the cache has; else ``None``.
+
+    ``required``: where there is neither network nor copy, say so.
+    """
     if name.count("/") != 1 or name.startswith((".", "/")) or name.endswith("/"):
         raise FileNotFoundError(
             f"pretrained={name!r} is neither a file, a folder nor owner/name of a hub repository"
         )
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    for file in FILES:
+    missed: Exception | None = None
+    for file in files:
         try:
             return Path(hf_hub_download(name, file))
+        except LocalEntryNotFoundError as error:  # no network, and not in the cache
+            missed = error
         except EntryNotFoundError:
             continue
         except OSError as error:
-            raise FileNotFoundError(
-                f"pretrained={name!r} is no path here, and the hub does not give it ({error})"
-            ) from error
-    raise FileNotFoundError(f"hub repository {name} holds none of {', '.join(FILES)}")
+            missed = error
+            break
+    if missed is not None and required:
+        raise FileNotFoundError(
+            f"pretrained={name!r} is no path here, and the hub does not give it ({missed})"
+        ) from missed
+    return None
 
 
 def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
