@@ -28,6 +28,8 @@ FILES = {
     "seer_sd15_bridge": ("seer", "SeerConfig"),
     "seer_sd15_epic": ("seer", "SeerConfig"),
     "action_default": ("action", "ActionConfig"),
+    "classify_metaworld": ("classify", "ClassifyConfig"),
+    "classify_ucf101": ("classify", "ClassifyConfig"),
 }
 
 
@@ -143,6 +145,11 @@ def test_packaged_configuration_loads_and_builds(name: str) -> None:
             from stvision.models.action import ActionClassifier
 
             ActionClassifier(class_names=("a", "b"), **config.model)
+        elif FILES[name][0] == "classify":
+            from stvision.models.classifier import build_network
+
+            net = build_network(config.backbone, 3, config.data.num_frames, config.options)
+            assert count(net) > 100_000
         else:
             assert default_vae_parameters() > 0
 
