@@ -98,7 +98,7 @@ class HMDB51(ClipDataset):
             if tag == wanted
         ]
         groups = [(label, _source(label, stem)) for label, stem in rows]
-        kept_back = held_out(groups, 0 if name == "test" else validation)
+        kept_back = held_out(groups, validation)
         files = videos_below(home).values()
         present = {(path.parent.name, path.stem): path for path in files}
         loose = {path.stem: path for path in files if path.parent == home}

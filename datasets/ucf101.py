@@ -82,7 +82,7 @@ class UCF101(ClipDataset):
 
         rows = _read_list(base / listed, numbers)
         groups = {stem: (label, _group(stem)) for label, stem in rows}
-        kept_back = held_out(groups.values(), 0 if name == "test" else validation)
+        kept_back = held_out(groups.values(), validation)
         # names of files and of folders differ in capitals here and there
         present = {path.stem.lower(): path for path in videos_below(home).values()}
         tally = Tally(f"UCF-101 [{name}, fold {fold}]")

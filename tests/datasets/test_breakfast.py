@@ -130,12 +130,12 @@ def test_steps_come_from_the_coarse_files(breakfast: Path) -> None:
 
 def test_a_mapping_numbers_the_steps(breakfast: Path) -> None:
     coarse(breakfast, "P03_cam01_P03_cereals", CEREALS)
-    (breakfast / "mapping.txt").write_text("0 SIL\n1 pour_cereals\n2 spoon_flour\n3 take_bowl\n")
+    (breakfast / "mapping.txt").write_text("0 SIL\n3 pour_cereals\n2 spoon_flour\n1 take_bowl\n")
     options = {"split": "test", "level": "step", "cameras": ["cam01"]}
     data = Breakfast(breakfast, silence=True, **options)
-    assert data.class_names == ("SIL", "pour_cereals", "spoon_flour", "take_bowl")
-    assert [row[1] for row in facts(data)] == [0, 3, 1, 0]
-    assert [row[1] for row in facts(Breakfast(breakfast, **options))] == [2, 0]
+    assert data.class_names == ("SIL", "take_bowl", "spoon_flour", "pour_cereals")
+    assert [row[1] for row in facts(data)] == [0, 1, 3, 0]
+    assert [row[1] for row in facts(Breakfast(breakfast, **options))] == [0, 2]
     (breakfast / "mapping.txt").write_text("0 SIL\n1 pour_cereals\n")
     with pytest.raises(ValueError, match="does not number the step 'take_bowl'"):
         Breakfast(breakfast, **options)

@@ -68,6 +68,9 @@ def test_missing_videos_and_another_layout(ucf: Path) -> None:
     lists = (ucf / "ucfTrainTestlist").rename(ucf / "elsewhere")
     moved = UCF101(ucf, videos=flat, annotations=lists)
     assert facts(moved) == facts(data) and shade(moved[0]) == 4 * 4
+    for path in flat.glob("*HandStand*"):
+        path.rename(flat / path.name.replace("HandStand", "Handstand"))
+    assert facts(UCF101(ucf, videos=flat, annotations=lists)) == facts(data)
 
 
 def test_validation_holds_out_whole_groups_of_the_training_list(ucf: Path) -> None:
