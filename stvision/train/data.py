@@ -1,6 +1,7 @@
 """From data sets to batches on the device: resident tensors, or a resumable loader."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stvision.datasets.batching import BucketBatchSampler
-from stvision.datasets.records import Tally, worker_context
+from stvision.datasets.records import ClipDataset, Tally, worker_context
 from stvision.train.state import derive_seed
 
 #: kind of data set -> "module:class" of its reader
@@ -108,9 +109,20 @@ def open_reader(config: DataConfig, split: str, num_frames: int | None = None) -
 
     Raises:
         FileNotFoundError: no such folder or index.
+        ValueError: an option that the reader does not have.
     """
     module, name = READERS[config.kind].split(":")
     cls = getattr(importlib.import_module(module), name)
+    known = dict(inspect.signature(cls).parameters)
+    if "options" in known:  # handed on to what every reader of clips has
+        known |= inspect.signature(ClipDataset).parameters
+    taken = {"root", "split", "options", "name", "entries", "tally", "num_frames", "size"}
+    unknown = sorted(set(config.options) - (known.keys() - taken))
+    if unknown:
+        raise ValueError(
+            f"data.options has {', '.join(unknown)}; of kind {config.kind} allowed are "
+            f"{', '.join(sorted(known.keys() - taken))}"
+        )
     return cls(
         config.root,
         split=split,
