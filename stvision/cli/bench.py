@@ -72,6 +72,9 @@ class Command:
     cue_clips: int = 8192
     """Training clips of early-cue."""
 
+    cue_test_clips: int = 1024
+    """Its test clips."""
+
     cue_frames: int = 64
     """Frames of its clips."""
 
@@ -127,6 +130,7 @@ def run(job: Command) -> int:
         data=job.data,
         cache_dir=job.cache_dir,
         cue_clips=job.cue_clips,
+        cue_test_clips=job.cue_test_clips,
         cue_frames=job.cue_frames,
     )
     plain = {**asdict(settings), "time_batch": job.time_batch}

@@ -455,6 +455,12 @@ class _Problems:
         return self.loaded[task]
 
 
+def _sentence(error: Exception) -> str:
+    """The first line of what went wrong."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _work(settings: Settings, device: str, threads: int, pipe: Any) -> None:
     """A process that trains what it is told until it is told nothing more."""
     torch.set_num_threads(threads)
@@ -464,8 +470,7 @@ def _work(settings: Settings, device: str, threads: int, pipe: Any) -> None:
         try:
             result = train_one(job, problems(job.task), settings, graphs=graphs)
         except Exception as error:  # noqa: BLE001  told to the parent, which decides
-            text = str(error).strip() or type(error).__name__
-            pipe.send({"error": text.splitlines()[0]})
+            pipe.send({"error": _sentence(error)})
             return  # whatever a failed capture left behind goes with the process
         if device.startswith("cuda"):
             torch.cuda.empty_cache()  # the graph is gone, its memory serves the next one
@@ -538,11 +543,11 @@ def train_jobs(
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     end = math.inf if max_seconds is None else time.monotonic() + max_seconds
+    uncaptured = set() if graphs and device.startswith("cuda") else set(MECHANISMS)
     if workers == 1:
-        return _train_here(jobs, settings, device, graphs, end, done)
+        return _train_here(jobs, settings, device, uncaptured, end, done)
     threads = max(1, (os.cpu_count() or 1) // workers)
     waiting = list(jobs)
-    uncaptured = set() if graphs and device.startswith("cuda") else set(MECHANISMS)
     pool = [_Worker(settings, device, threads) for _ in range(min(workers, len(jobs)))]
     try:
         while waiting or any(worker.job for worker in pool):
@@ -581,15 +586,27 @@ def _train_here(
     jobs: Sequence[Job],
     settings: Settings,
     device: str,
-    graphs: bool,
+    uncaptured: set[str],
     end: float,
     done: Callable[[Job, dict[str, Any]], None],
 ) -> bool:
+    """:func:`train_jobs` in this process; ``uncaptured`` are mechanisms to train without a graph."""
     problems = _Problems(settings, device)
     for job in jobs:
         if time.monotonic() >= end:
             return False
         problem = problems(job.task)
-        result = train_one(job, problem, settings, graphs=graphs)
+        try:
+            graphs = job.mechanism not in uncaptured
+            try:
+                result = train_one(job, problem, settings, graphs=graphs)
+            except Exception as error:
+                if not graphs:
+                    raise
+                logger.warning("%s: %s; again without a graph", job.key, _sentence(error))
+                uncaptured.add(job.mechanism)
+                result = train_one(job, problem, settings, graphs=False)
+        except Exception as error:  # noqa: BLE001  one row that fails leaves the others
+            result = {"error": _sentence(error)}
         done(job, result)
     return True
