@@ -15,7 +15,7 @@ from stvision.attention.neighborhood_modules import (
 from stvision.attention.routing import BiLevelRoutingAttention, bilevel_routing_attention
 from stvision.attention.seer_window import SeerWindowAttention, windowed_causal_attention
 from stvision.attention.swap import SwapAttention, windowed_cross_attention
-from stvision.attention.temporal import TemporalAttention
+from stvision.attention.temporal import TemporalAttention, temporal_attention
 from stvision.attention.volume import VolumeAttention
 
 #: name in configurations -> module ``(dim, heads, **options)`` from and to (B, T, H, W, C)
@@ -49,6 +49,7 @@ __all__ = [
     "bilevel_routing_attention",
     "dispatch_attention",
     "halo_attention",
+    "temporal_attention",
     "windowed_causal_attention",
     "windowed_cross_attention",
 ]

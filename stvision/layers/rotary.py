@@ -16,13 +16,21 @@ def rotary_frequencies(dim: int, theta: float = 1e4) -> Tensor:
     return (theta**-exponent).float()
 
 
-def _build_table(rows: int, dim: int, theta: float, device: torch.device, dtype: torch.dtype):
+def _wide(device: torch.device) -> torch.dtype:
     # float64 angles: at position 16 000 a float32 product is off by a thousandth of a radian
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    position = torch.arange(rows, device=device, dtype=wide)
-    exponent = torch.arange(0, dim, 2, device=device, dtype=wide) / dim
-    angle = position[:, None] * theta**-exponent
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _turns(position: Tensor, dim: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """(..., dim / 2, 2) of positions (...), in the precision of the positions until the last."""
+    exponent = torch.arange(0, dim, 2, device=position.device, dtype=position.dtype) / dim
+    angle = position[..., None] * theta**-exponent
     return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
+
+
+def _build_table(rows: int, dim: int, theta: float, device: torch.device, dtype: torch.dtype):
+    position = torch.arange(rows, device=device, dtype=_wide(device))
+    return _turns(position, dim, theta, dtype)
 
 
 # Opaque to the compiler on purpose: traced, the trigonometry would be fused into, and repeated
@@ -37,6 +45,35 @@ def _table_op(
 @_table_op.register_fake
 def _(rows: int, dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, dim // 2, 2, device=device, dtype=dtype)
+
+
+@torch.library.custom_op("stvision::rotary_table_at", mutates_args=())
+def _table_at_op(position: Tensor, dim: int, theta: float, dtype: torch.dtype) -> Tensor:
+    return _turns(position, dim, theta, dtype)
+
+
+@_table_at_op.register_fake
+def _(position: Tensor, dim: int, theta: float, dtype: torch.dtype) -> Tensor:
+    return position.new_empty(*position.shape, dim // 2, 2, dtype=dtype)
+
+
+def rotary_table_at(
+    positions: Tensor, dim: int, theta: float = 1e4, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Cosines and sines of any positions, such as times.
+
+    Args:
+        positions: (...), any real dtype; angles are computed in float64. They get no gradient.
+        dim: rotated channels, even.
+        theta: base of the frequencies.
+        dtype: float32, or float64 for float64 queries.
+
+    Returns:
+        (..., dim / 2, 2): cosine and sine; of whole numbers those of :func:`rotary_table`.
+    """
+    positions = positions.detach().to(_wide(positions.device))
+    build = _table_at_op if torch.compiler.is_compiling() else _turns
+    return build(positions, dim, theta, dtype)
 
 
 def rotary_table(
