@@ -1,6 +1,7 @@
 """``python -m benchmarks.neighborhood``: neighborhood attention beside its peers, in one run.
 
-On a GPU: ours (``triton``, with its deterministic backward in a row of its own), dense attention
+On a GPU: ours (``triton``; its deterministic backward, and the free one that needs one pass, in rows
+of their own), dense attention
 through cuDNN, FlexAttention on permuted tokens (its permutation counted), and NATTEN when it can be
 imported. On a CPU: blocked against reference and FlexAttention on smaller cases. Times are medians
 after warm-up and include everything a call does on the device, with a cold L2 cache. "Effective"
@@ -16,6 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stvision.kernels.neighborhood import explain, neighborhood_attention_generic
+from stvision.kernels.neighborhood import (
+    explain,
+    neighborhood_attention_generic,
+    triton_config,
+)
 from stvision.kernels.neighborhood.problem import build_axes
+from stvision.kernels.neighborhood.triton_tiles import Tiles, three_axes
 from stvision.kernels.neighborhood.windows import visible_keys
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
@@ -237,6 +244,14 @@ def ours(case: Case, backend: str | None, deterministic: bool | None = None) -> 
     return call
 
 
+def one_pass(case: Case) -> Tiles | None:
+    """Shapes for the backward that adds up the gradient of queries in memory, where it can run."""
+    axes, _ = build_axes(case.grid, case.grid, **case.options)
+    if any(axis.dilation > 1 for axis in axes):
+        return None
+    return triton_config.candidates("once", three_axes(axes), case.dim, 2)[0]
+
+
 def natten(case: Case) -> Call | None:
     """NATTEN's own choice of backend, or ``None`` where it is not installed."""
     try:
@@ -272,6 +287,8 @@ def rows(case: Case, device: str, wanted: list[str] | None) -> dict[str, Call]:
             calls[name] = ours(case, name)
     if "triton" in calls and device == "cuda":
         calls["deterministic"] = ours(case, "triton", True)
+        if one_pass(case) is not None:
+            calls["one pass"] = ours(case, "triton", False)
     calls["FlexAttention"] = ours(case, "flex")
     calls["dense"] = dense
     peer = natten(case)
@@ -311,17 +328,22 @@ def run(case: Case, device: str, arguments: argparse.Namespace, roof: float) -> 
     )
     print(f"  window {case.window}, stride {case.stride}, dilation {case.dilation}, {dtype}")
     table: list[dict[str, Any]] = []
+    one = [x[:1] for x in inputs(case, device, dtype, arguments.backward)]
+    taken = explain(*one, **case.options).backend
+    del one
     for name, call in rows(case, device, arguments.only).items():
         backward = arguments.backward and not (name == "FlexAttention" and device == "cpu")
+        freely = triton_config.forced(once=one_pass(case)) if name == "one pass" else nullcontext()
+        found: dict[str, Any] = {}
         try:
-            error = None if name == "dense" else largest_error(call, case, device, dtype)
-            found: dict[str, Any] = {}
-            if device == "cuda" and name in {"triton", "deterministic"}:
-                found["errors"] = errors(call, case, device, dtype)
-            if not arguments.check:
-                found |= measure(
-                    call, case, device, dtype, arguments.repeats, backward, arguments.seconds
-                )
+            with freely:
+                error = None if name == "dense" else largest_error(call, case, device, dtype)
+                if device == "cuda" and name in {"triton", "deterministic", "one pass"}:
+                    found["errors"] = errors(call, case, device, dtype)
+                if not arguments.check:
+                    found |= measure(
+                        call, case, device, dtype, arguments.repeats, backward, arguments.seconds
+                    )
         except Exception as failure:  # noqa: BLE001 - a peer that fails is a row of the table
             print(
                 f"  {name}: failed: {str(failure).splitlines()[0] if str(failure) else failure!r}"
@@ -333,6 +355,7 @@ def run(case: Case, device: str, arguments: argparse.Namespace, roof: float) -> 
             "name": name,
             "fraction": share,
             "error": error,
+            "taken": name == taken,
             **found,
         }
         row |= {"operations": case.operations, "roof": roof}

@@ -114,6 +114,19 @@ WHY_NOT: dict[str, Callable[[Request], str | None]] = {
 }
 
 
+def _boxes_beat_blocks(request: Request) -> bool:
+    """Whether windows that tile the grid are faster as boxes than cut into dense problems.
+
+    Cutting copies every tensor; where a tensor memory unit loads boxes from the grid as it lies,
+    forward with backward takes as long as dense attention alone and half of its memory.
+    """
+    if request.device.type != "cuda" or torch.finfo(request.dtype).bits > 16:
+        return False
+    if torch.version.hip or torch.cuda.get_device_capability(request.device)[0] < 9:
+        return False
+    return not all(axis.is_full for axis in request.axes) and not dense.is_triangle(request.axes)
+
+
 def choose(request: Request, backend: str | None) -> Choice:
     """The backend asked for, or the first of the automatic order that can run the request.
 
@@ -121,6 +134,8 @@ def choose(request: Request, backend: str | None) -> Choice:
         ValueError: ``backend`` is unknown or cannot run the request.
     """
     automatic = AUTOMATIC.get(request.device.type, AUTOMATIC["cpu"])
+    if "triton" in automatic and _boxes_beat_blocks(request):
+        automatic = ("triton", *(name for name in automatic if name != "triton"))
     reasons = {}
     for name in BACKENDS:
         why = WHY_NOT[name](request)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stvision.kernels.neighborhood import blocked as blocked_path
 from stvision.kernels.neighborhood import (
+    choice,
     explain,
     merge,
     na1d,
@@ -476,3 +477,27 @@ def test_a_remembered_call_is_checked_like_a_new_one() -> None:
         na2d(x, x, x.double(), 3)
     first = na2d(x, x, x, 3, border="valid")
     assert torch.equal(na2d(x, x, x, 3, border="valid"), first) and first.shape[1:3] == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "window", "backend"),
+    [
+        ((9, 0), torch.bfloat16, (2, 4, 4), "triton"),
+        ((8, 0), torch.bfloat16, (2, 4, 4), "sdpa"),
+        ((9, 0), torch.float32, (2, 4, 4), "sdpa"),
+        ((9, 0), torch.bfloat16, (4, 8, 8), "sdpa"),  # the whole grid is one dense problem
+    ],
+)
+def test_blocks_run_as_boxes_where_they_can(
+    capability, dtype, window, backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = (4, 8, 8)
+    axes, _ = build_axes(grid, grid, kernel_size=window, stride=window)
+    monkeypatch.setattr(choice, "HAS_TRITON", True)
+    monkeypatch.setitem(choice.AUTOMATIC, "cuda", ("sdpa", "triton", "blocked", "reference"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(choice.dense, "why_not", lambda axes, batch: None)
+    request = choice.Request(
+        torch.device("cuda"), dtype, axes, 64, 64, False, False, True, False, 1, False
+    )
+    assert choice.choose(request, None).backend == backend
