@@ -74,7 +74,7 @@ def _launch(
     """
     key = _compile_key(kernel, device, arguments, tuple(constants.values()))
     with _on(device):
-        if key in _COMPILED:
+        if key in _COMPILED and not kernel.pre_run_hooks:
             compiled, ordered = _COMPILED[key]
             compiled[(programs, 1, 1)](*arguments, *ordered)
             return
