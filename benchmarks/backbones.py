@@ -62,8 +62,8 @@ def measure(run: Run, leaves: list[Tensor], repeats: int) -> tuple[float, float]
 class Table:
     """Rows of what was measured, printed as they come."""
 
-    def __init__(self, repeats: int) -> None:
-        self.repeats = repeats
+    def __init__(self, repeats: int, file: Path | None, facts: dict[str, object]) -> None:
+        self.repeats, self.file, self.facts = repeats, file, facts
         self.rows: list[dict[str, object]] = []
 
     def add(
@@ -81,6 +81,8 @@ class Table:
         memory = f", {a_peak:.0f} against {b_peak:.0f} MiB" if b_peak else ""
         share = f" ({b_peak / a_peak:.2f} times)" if a_peak else ""
         print(f"{what}: {a:.2f} against {b:.2f} ms ({b / a:.2f} times){memory}{share}", flush=True)
+        if self.file is not None:  # a run that is cut short leaves what it measured
+            self.file.write_text(json.dumps({**self.facts, "rows": self.rows}, indent=1))
 
 
 def routing(table: Table, device: str, dtype: torch.dtype, batch: int) -> None:
@@ -163,6 +165,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, help="images of a batch; 16 on a GPU, 1 elsewhere")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument(
+        "--only", nargs="*", choices=("routing", "models"), help="parts; all by default"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows there")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -171,12 +176,11 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     print(f"{where}, torch {torch.__version__}, {dtype}, batch {batch}; forward and backward")
     torch.manual_seed(0)
-    table = Table(arguments.repeats)
-    routing(table, device, dtype, batch)
-    models(table, device, dtype, batch)
-    if arguments.json:
-        result = {"device": where, "torch": torch.__version__, "batch": batch, "rows": table.rows}
-        arguments.json.write_text(json.dumps(result, indent=1))
+    facts = {"device": where, "torch": torch.__version__, "batch": batch}
+    table = Table(arguments.repeats, arguments.json, facts)
+    for part in (routing, models):
+        if not arguments.only or part.__name__ in arguments.only:
+            part(table, device, dtype, batch)
 
 
 if __name__ == "__main__":
