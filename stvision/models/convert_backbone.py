@@ -29,7 +29,7 @@ from stvision.models.halonet import HALONET_MODELS, convert_halonet_state_dict
 from stvision.models.nat import NAT_MODELS, convert_nat_state_dict
 from stvision.models.selective_s4 import convert_vis4mer_state_dict
 from stvision.models.tvts import TUBELET, TVTS_MODELS, convert_tvts_state_dict
-from stvision.models.weights import read_weights
+from stvision.models.weights import BACKBONE_KIND, CONFIG, read_weights
 
 State = Mapping[str, Tensor]
 
@@ -245,6 +245,7 @@ def convert_backbone(
     elif name not in family.names({}):
         raise ValueError(f"name must be one of {', '.join(family.names({}))}, got {name!r}")
     config = {
+        "kind": BACKBONE_KIND,
         "backbone": name,
         "options": _options(family, state) | options,
         "converted_from": kind,
@@ -265,7 +266,7 @@ def convert_backbone(
     try:
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         text = json.dumps(config, indent=2) + "\n"
-        (partial / "config.json").write_text(text, encoding="utf-8")
+        (partial / CONFIG).write_text(text, encoding="utf-8")
         create_backbone(name, partial)
         os.replace(partial, output)
     finally:

@@ -13,6 +13,7 @@ FILES = ("model.safetensors", "pytorch_model.bin", "model.bin", "model.pth")
 
 #: file beside them that says which arguments a backbone takes
 CONFIG = "config.json"
+BACKBONE_KIND = "stvision backbone"
 
 #: entries under which checkpoints of trainings hold the weights
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
@@ -77,8 +78,8 @@ def read_options(source: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
-    options = config.get("options") if isinstance(config, dict) and "backbone" in config else None
-    return options if isinstance(options, dict) else {}
+    ours = isinstance(config, dict) and config.get("kind") == BACKBONE_KIND
+    return dict(config.get("options") or {}) if ours else {}
 
 
 def unwrap(state: Any, name: str = "the checkpoint") -> dict[str, Tensor]:

@@ -68,8 +68,8 @@ def safetensors(model: nn.Module, folder: Path) -> bytes:
 def test_weights_of_a_cached_repository(prefix: str, cache: Cache, tmp_path: Path) -> None:
     model = source()
     cache.add("someone/davit", "model.safetensors", safetensors(model, tmp_path))
-    # timm's repositories have a config.json too, which says other things
-    theirs = {"architecture": "davit_tiny", "num_classes": 9, "options": {"num_classes": 9}}
+    # other repositories have a config.json too, which says other things
+    theirs = {"kind": "another", "num_classes": 9, "options": {"num_classes": 9}}
     cache.add("someone/davit", "config.json", json.dumps(theirs).encode())
     name = f"{prefix}someone/davit"
     loaded = create_backbone("davit_tiny", name, num_classes=5, **SMALL).eval()
@@ -89,7 +89,8 @@ def test_a_pickle_where_there_are_no_safetensors(cache: Cache, tmp_path: Path) -
 def test_a_converted_repository_says_its_arguments(cache: Cache, tmp_path: Path) -> None:
     model = source(in_chans=2)
     cache.add("someone/grey", "model.safetensors", safetensors(model, tmp_path))
-    config = {"backbone": "davit_tiny", "options": {"num_classes": 5, "in_chans": 2}}
+    options = {"num_classes": 5, "in_chans": 2}
+    config = {"kind": "stvision backbone", "backbone": "davit_tiny", "options": options}
     cache.add("someone/grey", "config.json", json.dumps(config).encode())
     loaded = create_backbone("davit_tiny", "someone/grey", **SMALL).eval()
     x = torch.randn(1, 2, 20, 33)
