@@ -139,7 +139,13 @@ def linear_scan(
             f"b must be (B, T, ..., P) with T at least 1 and a (P,) of its dtype, "
             f"got {tuple(b.shape)} {b.dtype} and {tuple(a.shape)} {a.dtype}"
         )
+    if state is not None:
+        shape = b.shape[:1] + b.shape[2:]
+        if state.shape != shape:
+            raise ValueError(f"state must be {tuple(shape)}, got {tuple(state.shape)}")
     why = why_not_triton(b)
+    if implementation is None and b.shape[1] == 1:  # frame by frame there is nothing to scan
+        return b.clone() if state is None else torch.addcmul(b, a, state[:, None])
     if implementation is None:
         wanted = TRITON_IS_CHECKED and b.is_cuda and why is None
         implementation = "triton" if wanted else "blocked"
@@ -147,9 +153,6 @@ def linear_scan(
     if implementation == "triton" and why is not None:
         raise ValueError(f"implementation 'triton' cannot run this scan: {why}")
     if state is not None:
-        shape = b.shape[:1] + b.shape[2:]
-        if state.shape != shape:
-            raise ValueError(f"state must be {tuple(shape)}, got {tuple(state.shape)}")
         b = torch.cat([(b[:, 0] + a * state)[:, None], b[:, 1:]], dim=1)
     return _scan(b.resolve_conj(), a.resolve_conj(), False, implementation)
 

@@ -16,7 +16,7 @@ needs_triton = pytest.mark.skipif(
     not module.HAS_TRITON or not (CUDA or os.environ.get("TRITON_INTERPRET") == "1"),
     reason="no triton, or neither a GPU nor its interpreter",
 )
-IMPLEMENTATIONS = ["blocked", pytest.param("triton", marks=needs_triton)]
+IMPLEMENTATIONS = [None, "blocked", pytest.param("triton", marks=needs_triton)]
 
 #: (B, T, ..., P): one frame, primes, a lane count beyond one program's
 SHAPES = [(2, 1, 3, 5), (1, 7, 5), (2, 13, 3, 5, 7), (3, 16, 2, 3, 11)]
@@ -56,7 +56,9 @@ def error(got: list[Tensor], wanted: list[Tensor]) -> float:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-def test_equals_the_loop(implementation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_equals_the_loop(
+    implementation: str | None, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     wanted = results(loop, problem(shape, torch.complex128, "cpu"))
     leaves = problem(shape, dtype)
     got = results(lambda *x: linear_scan(*x, implementation=implementation), leaves)
@@ -66,7 +68,7 @@ def test_equals_the_loop(implementation: str, shape: tuple[int, ...], dtype: tor
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_views_that_are_not_contiguous(implementation: str) -> None:
+def test_views_that_are_not_contiguous(implementation: str | None) -> None:
     def turned(b: Tensor, a: Tensor, state: Tensor) -> Tensor:
         b, state = b.conj().transpose(2, 3), state.conj().transpose(1, 2)
         return linear_scan(b, a.conj(), state, implementation=implementation)
@@ -78,7 +80,7 @@ def test_views_that_are_not_contiguous(implementation: str) -> None:
 
 @pytest.mark.parametrize("frames", [1, 5])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_first_and_second_derivatives(frames: int, implementation: str) -> None:
+def test_first_and_second_derivatives(frames: int, implementation: str | None) -> None:
     leaves = problem((1, frames, 2, 2), torch.complex128)
 
     def run(*x: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ def test_first_and_second_derivatives(frames: int, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_is_one_operator_to_the_compiler(implementation: str) -> None:
+def test_is_one_operator_to_the_compiler(implementation: str | None) -> None:
     leaves = problem((2, 7, 3, 5), torch.complex64)
 
     def run(*x: Tensor) -> Tensor:
@@ -106,8 +108,12 @@ def test_is_one_operator_to_the_compiler(implementation: str) -> None:
     assert error(results(compiled, leaves), results(run, leaves)) < 1e-6
     b, a = (x.detach() for x in leaves[:2])
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(module._scan, (b, a, False, implementation), test_utils=checks)
-    torch.library.opcheck(module._scan_backward, (b, b, a, implementation), test_utils=checks)
+    torch.library.opcheck(
+        module._scan, (b, a, False, implementation or "blocked"), test_utils=checks
+    )
+    torch.library.opcheck(
+        module._scan_backward, (b, b, a, implementation or "blocked"), test_utils=checks
+    )
 
 
 def test_the_system_uses_the_implementation_it_is_told() -> None:
