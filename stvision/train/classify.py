@@ -266,8 +266,8 @@ def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     """
     hits = top_hits(probabilities, labels)
     return {
-        "accuracy": float(hits.float().mean()),
-        "top5": float(top_hits(probabilities, labels, 5).float().mean()),
+        "accuracy": float(hits.double().mean()),
+        "top5": float(top_hits(probabilities, labels, 5).double().mean()),
         "class_accuracy": class_mean(hits, labels),
     }
 

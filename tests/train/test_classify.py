@@ -774,6 +774,56 @@ def test_packaged_configurations_build_their_models(name: str) -> None:
     assert given.test_clips > 1 and given.network_size[0] % 16 == 0
 
 
+class Wheel(Squares):
+    """A square that moves left, right, up or down around a torus: no frame alone tells which."""
+
+    def __len__(self) -> int:
+        return 448
+
+    def fingerprint(self) -> str:
+        return "wheel"
+
+    def iter_items(self, workers: int = 0, *, indices: Any, timeout: float = 0) -> Iterator[Any]:
+        ways = {"left": (0, -2), "right": (0, 2), "up": (-2, 0), "down": (2, 0)}
+        for index in indices:
+            g = torch.Generator().manual_seed(index)
+            place = torch.randint(0, 16, (2,), generator=g).tolist()
+            grey = int(torch.randint(120, 255, (), generator=g))
+            label = list(ways)[index % 4]
+            frames = torch.full((4, 16, 16, 3), 40, dtype=torch.uint8)
+            frames[:, :5, :5] = grey
+            for step in range(4):
+                shift = tuple(p + step * w for p, w in zip(place, ways[label], strict=True))
+                frames[step] = frames[step].roll(shift, (0, 1))
+            meta = {"label": label, "split": "train" if index < 384 else "validation"}
+            yield Record(frames, torch.arange(4.0).double(), label, f"clip{index}", meta)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["convs5", "tvts"])
+def test_directions_are_told_apart_unless_clips_are_mirrored(family: str, tmp_path: Path) -> None:
+    """The whole recipe on clips that only motion tells apart, judged on unseen ones."""
+    pack(Wheel(), tmp_path / "data", progress=False)
+    options = {
+        "convs5": {"widths": [8, 16], "dim": 16},
+        "tvts": {"dim": 48, "depth": 2, "num_heads": 4, "patch_size": 4, "temporal_std": 0.5},
+    }[family]
+    values: dict[str, Any] = {"options": {**SMALL[family][1], **options}, "layer_decay": 0.8}
+    values |= {"mix": {"mixup": 0.2, "cutmix": 1.0, "probability": 0.3}}
+    values |= {"crop_scale": [0.8, 1.0], "crop_ratio": [0.9, 1.1], "data": {"validation_clips": 64}}
+    loop = {"max_steps": 250, "batch_size": 32, "learning_rate": 4e-3, "warmup_steps": 50}
+    loop |= {"ema_decay": 0.95, "weight_decay": 0.02, "log_every": 50, "save_every": 250}
+    found = {}
+    for flip in (False, True):
+        name = f"flip_{flip}"
+        train(tmp_path, name, family, loop=loop, flip=flip, **values)
+        tested = json.loads((tmp_path / name / "test.json").read_text())
+        assert tested["tested"] == 64
+        found[flip] = tested["scores"]["test_accuracy"]
+    assert found[False] >= 0.95
+    assert found[True] <= 0.85  # left and right are one class to it
+
+
 #: draws inside of the network begin elsewhere behind the passes before a capture
 STILL = {**FULL, "test_clips": 0, "drop_path": 0.0}
 
