@@ -160,7 +160,21 @@ def measure(run: Run, x: Tensor, leaves: list[Tensor], repeats: int) -> tuple[fl
             peak = (torch.cuda.max_memory_allocated() - before) / 2**30
         if i >= 2:
             times.append(1e3 * (perf_counter() - begin))
-    return median(times), peak
+    return median(times) if times else 0.0, peak
+
+
+def kernels(run: Run, x: Tensor, leaves: list[Tensor], count: int = 15) -> list[tuple[str, float]]:
+    """The kernels of a step that take longest on the device, in milliseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        measure(run, x, leaves, 0)  # two steps
+    found = [
+        (event.key, event.self_device_time_total / 2e3)
+        for event in profiler.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    return sorted(found, key=lambda row: -row[1])[:count]
 
 
 PRECISIONS = {
@@ -185,6 +199,9 @@ def main() -> None:
     )
     parser.add_argument("--peer", type=Path, help="folder with a published convlstm.py")
     parser.add_argument("--compile", action="store_true", help="rows of compiled layers too")
+    parser.add_argument(
+        "--profile", action="store_true", help="on a GPU, also the longest kernels of the first row"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args()
@@ -245,11 +262,12 @@ def main() -> None:
         tf32, dtype = PRECISIONS[precision]
         first = 0.0
         for what, (run, net) in runs.items():
-            with (
-                torch.backends.cudnn.flags(enabled=True, benchmark=gpu, allow_tf32=tf32),
-                torch.autocast(device, dtype, enabled=dtype is not None),
-            ):
+            torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, gpu
+            with torch.autocast(device, dtype, enabled=dtype is not None):
                 ms, peak = measure(run, x, list(net.parameters()), args.repeats)
+                if args.profile and gpu and not first:
+                    for name, spent in kernels(run, x, list(net.parameters())):
+                        print(f"{precision}: {spent:8.3f} ms  {name[:100]}")
             first = first or ms
             count = sum(p.numel() for p in net.parameters())
             rows.append({

@@ -70,11 +70,13 @@ devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=p
 
 @pytest.fixture(autouse=True)
 def full_float32() -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, False
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        yield
-    matmul.allow_tf32 = before
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = False
+    yield
+    for place, allowed in zip(places, before, strict=True):
+        place.allow_tf32 = allowed
 
 
 def draw(*shape: int, seed: int = 1) -> Tensor:
