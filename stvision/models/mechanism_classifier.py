@@ -212,7 +212,9 @@ def _routing(place: Place) -> nn.Module:
 
 def _dual(place: Place) -> nn.Module:
     if place.index % 2:
-        layer: nn.Module = ChannelGroupAttention(place.dim, place.heads, over_time=True)
+        layer: nn.Module = ChannelGroupAttention(
+            place.dim, place.heads, over_time=True, average_frames=True
+        )
     else:
         layer = SpatialWindowAttention(place.dim, place.heads, window_size=4, mask_padding=True)
     return _with_positions(layer, place)
