@@ -46,7 +46,8 @@ class Classify:
     """Rows and columns of the views (default: those of the training)."""
 
     option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """KEY=VALUE, a further argument of the reader, such as index=test.jsonl; may be repeated."""
+    """KEY=VALUE, an argument of the reader, such as index=test.jsonl, on top of those of the training;
+    may be repeated."""
 
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Folder for results (default: print only)."""
@@ -109,7 +110,9 @@ def run_classify(command: Classify) -> int:
     if kind == "packed":  # these have the one size that they were packed at
         height, width = PackedFolder(command.data).size
     label = command.label or str(model.reading.get("label", "label"))
-    known = {k: v for k, v in model.reading.items() if k not in {"label", "kind"}}
+    options = dict(model.reading.get("options", {}))
+    if kind != model.reading.get("kind", kind):  # only what every reader of files takes
+        options = {k: options[k] for k in ("sampling", "fps") if k in options and kind != "packed"}
     data = from_mapping(
         DataConfig,
         {
@@ -118,7 +121,7 @@ def run_classify(command: Classify) -> int:
             "num_frames": model.frames,
             "height": height,
             "width": width,
-            "options": known | _reader_options(command.option),
+            "options": options | _reader_options(command.option),
             "cache": "off",
             "resident": False,
             "workers": command.workers,
@@ -146,6 +149,7 @@ def run_classify(command: Classify) -> int:
         "backbone": model.backbone,
         "data": str(command.data),
         "split": command.split,
+        "reader": {"kind": kind, **data.options},
         "clips": command.clips,
         "crops": command.crops,
         "views": command.clips * command.crops,

@@ -108,8 +108,8 @@ class VideoClassifier(nn.Module):
         pretrained: see :func:`build_network`; not kept by :meth:`save`.
         mean: of each colour in [0, 1] where the backbone expects zero.
         std: of each colour in [0, 1] where the backbone expects one.
-        reading: how clips were cut in training, such as ``label``, ``sampling`` and ``fps``; kept
-            with the model for whoever tests it.
+        reading: how clips were read in training: ``label`` (key of their class), ``kind`` of data
+            set, ``options`` of its reader; kept with the model for whoever tests it.
 
     Raises:
         ValueError: names, colours or options that do not fit.

@@ -184,12 +184,8 @@ class ClassifyTask(Task):
         self, config: ClassifyConfig, held: Held, class_names: Sequence[str], device: torch.device
     ) -> None:
         self.config, self.held, self.device = config, held, device
-        reading = {"label": config.label, "kind": config.data.kind}
-        reading |= {
-            key: value
-            for key, value in config.data.options.items()
-            if key in {"sampling", "fps", "camera", "cameras"}
-        }
+        options = dict(config.data.options)
+        reading = {"label": config.label, "kind": config.data.kind, "options": options}
         with seeded(config.seed):
             self.classifier = VideoClassifier(
                 config.backbone,

@@ -35,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "data" / "6.mp4").write_bytes(b"cut off")
     (root / "data" / "index.jsonl").write_text("\n".join(lines))
     torch.manual_seed(1)
-    reading = {"label": "colour", "kind": "clips", "sampling": "center"}
+    reading = {"label": "colour", "kind": "clips", "options": {"sampling": "center"}}
     model = VideoClassifier("davit_tiny", NAMES, 4, (16, 16), options=OPTIONS, reading=reading)
     with torch.no_grad():  # scores that differ by clip
         for p in model.net.parameters():
@@ -95,7 +95,9 @@ def test_views_and_options_of_the_reader_matter(world: Path, capsys) -> None:
     assert one["protocol"]["views"] == 1 and "rows" not in one
     spread = by_hand(world, 1, 1, "uniform")
     assert (by_hand(world, 1, 1) - spread).abs().max() > 1e-4
+    assert one["protocol"]["reader"] == {"kind": "clips", "sampling": "center"}
     other = rows(clips=1, crops=1, option="sampling=uniform")
+    assert other["protocol"]["reader"]["sampling"] == "uniform"
     hits = spread.argmax(1) == torch.arange(6) % 3
     assert other["top1"]["value"] == pytest.approx(float(hits.float().mean()))
     half = rows(clips=1, crops=1, dtype="bfloat16", size=(8, 24))
@@ -106,13 +108,11 @@ def test_packed_clips_keep_their_size(world: Path, tmp_path: Path, capsys) -> No
     reader = ClipFolder(world / "data", num_frames=8, size=(20, 30))
     pack(reader, tmp_path / "packed", progress=False)
     options = {"data": tmp_path / "packed", "kind": "packed", "clips": 2, "crops": 3}
-    assert main([*words(world, **options), "--option", "caption=first", "--json"]) == 2
-    assert "sampling" in capsys.readouterr().err  # the training's sampling is no packed clips'
-    model = load_classifier(world / "model")
-    model.reading = {"label": "colour", "kind": "packed"}
-    model.save(tmp_path / "model")
-    assert main([*words(world, **options, model=tmp_path / "model"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["top1"]["count"] == 6
+    # the training's sampling is none of packed clips
+    assert main([*words(world, **options), "--option", "caption=first", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["top1"]["count"] == 6 and found["protocol"]["size"] == [16, 16]
+    assert found["protocol"]["reader"] == {"kind": "packed", "caption": "first"}
 
 
 @pytest.mark.parametrize(

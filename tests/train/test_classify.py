@@ -634,7 +634,7 @@ def test_a_published_collection_is_trained_and_tested_on(tmp_path: Path) -> None
     assert tested["tested"] == 4 and tested["scores"]["test_accuracy"] == 1.0
     model = load_classifier(folder / "model")
     assert model.class_names == ("Archery", "Diving")
-    assert model.reading == {"label": "label", "kind": "ucf101", "sampling": "segments"}
+    assert model.reading == {"label": "label", "kind": "ucf101", "options": data["options"]}
 
 
 def test_recomputed_blocks_change_no_step(world: Path) -> None:
