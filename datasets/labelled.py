@@ -96,10 +96,10 @@ def videos_below(folder: Path) -> dict[str, Path]:
     for place, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
         base = Path(place)
+        below = base.relative_to(folder).as_posix()
         for name in sorted(files):
             if os.path.splitext(name)[1].lower() in CLIP_SUFFIXES and not name.startswith("."):
-                path = base / name
-                found[path.relative_to(folder).as_posix()] = path
+                found[name if below == "." else f"{below}/{name}"] = base / name
     return found
 
 
