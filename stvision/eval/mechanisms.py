@@ -85,7 +85,7 @@ def measure(
         depth: blocks.
         heads: attention heads.
         backend: of neighborhood attention; ``None`` to choose.
-        warmup: steps before those that count.
+        warmup: steps before those that count; slow ones stop it after ``seconds``.
         repeats: steps that count; the median is kept.
         seconds: stop repeating after so long; three steps are always measured.
 
@@ -119,8 +119,11 @@ def measure(
             if cuda:
                 torch.cuda.synchronize()
 
+        begin = perf_counter()
         for _ in range(warmup):
             step()
+            if perf_counter() - begin > seconds:
+                break
         peak = None
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -298,7 +301,8 @@ class MechanismTable:
         lines = ["| " + " | ".join(head) + " |"]
         lines.append("| --- | --- |" + " ---: |" * (len(head) - 2))
         for name in self.mechanisms:
-            cells = [f"`{name}`", MECHANISMS[name].summary]
+            kind = MECHANISMS[name]
+            cells = [f"`{name}`", kind.summary + " (control)" * kind.control]
             for task in tasks:
                 cells.append(self._accuracy(name, task))
                 if task == "metaworld":
@@ -390,8 +394,8 @@ class MechanismTable:
                 if not values or "ms" not in found:
                     continue
                 mean, x = 100 * fmean(values), found["ms"]
-                control = MECHANISMS[name].summary.endswith("(control)")
-                colour = "0.55" if control else f"C{list(MECHANISMS).index(name) % 10}"
+                control = MECHANISMS[name].control
+                colour = "0.55" if control else f"C{list(MECHANISMS).index(name) % 7}"  # no greys
                 ends = [100 * min(values), 100 * max(values)]
                 panel.plot([x, x], ends, color=colour, linewidth=1)
                 panel.plot([x], [mean], "o", color=colour, markersize=5)
@@ -399,6 +403,7 @@ class MechanismTable:
                     name, (x, mean), (4, 3), textcoords="offset points", fontsize=7, color=colour
                 )
             panel.set_xscale("log")
+            panel.margins(x=0.12)  # room for the last name
             panel.set_ylim(0, 104)
             panel.set_xlabel(f"forward and backward at {size.replace('x', ' x ')} tokens, ms")
             panel.set_ylabel("accuracy, %")

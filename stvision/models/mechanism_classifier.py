@@ -247,19 +247,21 @@ class Mechanism:
         summary: what a token sees, in a few words.
         order: a change of the order of frames changes the result.
         head: name in :data:`stvision.layers.TEMPORAL_HEADS` of what reads the means of frames.
+        control: it is there to be held against, not to be taken.
     """
 
     mixer: Callable[[Place], nn.Module] | None
     summary: str
     order: bool = True
     head: str | None = None
+    control: bool = False
 
 
 #: name -> mechanism, in the order of the table
 MECHANISMS: dict[str, Mechanism] = {
-    "none": Mechanism(None, "itself (control)", order=False),
-    "space": Mechanism(_space, "its frame (control)", order=False),
-    "conv": Mechanism(_conv, "3 x 3 pixels and 3 frames, depthwise (control)"),
+    "none": Mechanism(None, "itself", order=False, control=True),
+    "space": Mechanism(_space, "its frame", order=False, control=True),
+    "conv": Mechanism(_conv, "3 x 3 tokens and 3 frames, depthwise", control=True),
     "full": Mechanism(lambda p: FullAttention(p.dim, p.heads), "all tokens"),
     "divided": Mechanism(lambda p: Divided(p.dim, p.heads), "its pixel in all frames, its frame"),
     "temporal": Mechanism(lambda p: TemporalAttention(p.dim, p.heads), "its pixel in all frames"),
@@ -279,7 +281,7 @@ MECHANISMS: dict[str, Mechanism] = {
     "selective-s4": Mechanism(
         lambda p: SelectiveS4Mix(p.dim, p.tokens), "earlier tokens of the half that is kept"
     ),
-    "conv-s5": Mechanism(_conv_s5, "3 x 3 pixels of all earlier frames"),
+    "conv-s5": Mechanism(_conv_s5, "3 x 3 tokens of all earlier frames"),
     "ela": Mechanism(
         lambda p: _behind_conv(EfficientLocalAttention(p.dim, over_time=True), p),
         "conv, and gates from rows, columns, frames",
