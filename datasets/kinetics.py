@@ -239,10 +239,9 @@ def _alphabet(labels: set[str]) -> tuple[str, ...]:
 def _by_stem(home: Path, root: Path) -> dict[str, list[Path]]:
     """Videos by their names without suffix; sound copies in the place of broken ones."""
     found: dict[str, list[Path]] = {}
-    replacement = root / "replacement"
     for path in videos_below(home).values():
-        if replacement not in path.parents:
-            found.setdefault(path.stem, []).append(path)
+        found.setdefault(path.stem, []).append(path)
+    replacement = root / "replacement"
     if replacement.is_dir():
         found.update({p.stem: [p] for p in videos_below(replacement).values()})
     return found

@@ -10,6 +10,7 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from stvision.datasets.clips import CLIP_SUFFIXES
@@ -20,6 +21,7 @@ _WORDS = re.compile(r"[A-Z]+\d*(?=[A-Z][a-z]|$|-)|-?[A-Z]?[a-z]+|[A-Z]+|-?\d+")
 _JOINED = re.compile(r"[A-Z][A-Za-z0-9-]*")
 
 
+@lru_cache(4096)
 def sentence_of(label: str) -> str:
     """A class's name as words: ``brush_hair`` and ``BrushHair`` are "brush hair".
 
@@ -34,6 +36,7 @@ def sentence_of(label: str) -> str:
     return " ".join(small).replace(" -", "-")
 
 
+@lru_cache(4096)
 def plain(label: str) -> str:
     """What stays the same of a class's name however its folder is written: letters and digits."""
     return re.sub(r"[\W_]+", "", label).lower()
