@@ -156,18 +156,21 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.options = (axes, scale, backend, tile, deterministic)
 
 
-def _backward(
-    ctx: Any,
+def _gradients(
+    run: Callable[..., tuple[torch.Tensor, ...]],
+    saved: tuple[torch.Tensor, ...],
+    options: tuple,
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,
-    run: Callable[..., tuple[torch.Tensor, ...]] | None = None,
 ) -> tuple:
-    run = run or neighborhood_attention_backward
-    query, key, value, rpb, key_mask, out, lse = ctx.saved_tensors
-    dq, dk, dv, drpb = run(
-        grad_out, grad_lse, query, key, value, rpb, key_mask, out, lse, *ctx.options
-    )
+    query, key, value, rpb, key_mask, out, lse = saved
+    dq, dk, dv, drpb = run(grad_out, grad_lse, query, key, value, rpb, key_mask, out, lse, *options)
     return dq, dk, dv, None if rpb is None else drpb, None, None, None, None, None, None
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple:
+    run = neighborhood_attention_backward
+    return _gradients(run, ctx.saved_tensors, ctx.options, grad_out, grad_lse)
 
 
 def _setup_nothing(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -207,9 +210,11 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple:
+        saved = ctx.saved_tensors  # once: checkpointing gives them a single time
         # what watches a backward, such as create_graph=True, must see the operator
-        watched = torch.is_grad_enabled() or not _is_plain(grad_out, grad_lse, *ctx.saved_tensors)
-        return _backward(ctx, grad_out, grad_lse, None if watched else _backward_now)
+        plain = not torch.is_grad_enabled() and _is_plain(grad_out, grad_lse, *saved)
+        run = _backward_now if plain else neighborhood_attention_backward
+        return _gradients(run, saved, ctx.options, grad_out, grad_lse)
 
 
 def _is_plain(*tensors: torch.Tensor | None) -> bool:

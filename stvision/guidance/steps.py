@@ -58,9 +58,8 @@ class StepCounter:
             told, values = self._told
             same = timestep.dtype == told.dtype and timestep.device == told.device
             if same and timestep.untyped_storage().data_ptr() == told.untyped_storage().data_ptr():
-                place, rest = divmod(
-                    timestep.storage_offset() - told.storage_offset(), told.stride(0)
-                )
+                offset = int(timestep.storage_offset()) - int(told.storage_offset())
+                place, rest = divmod(offset, told.stride(0))
                 if not rest and 0 <= place < len(values):
                     return values[place]
         return float(timestep.flatten()[0])

@@ -8,6 +8,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from support_neighborhood import Problem, check, problems, relative_error
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from stvision.kernels.neighborhood import blocked as blocked_path
@@ -464,6 +465,14 @@ def test_the_way_past_the_dispatcher_is_the_operator() -> None:
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for short, long in zip(*results, strict=True):
         assert torch.equal(short, long)
+
+
+def test_checkpointing_changes_nothing() -> None:
+    leaves = [x.requires_grad_() for x in qkv(4, 5)]
+    wanted = torch.autograd.grad(na2d(*leaves, 3).square().sum(), leaves)
+    out = checkpoint(na2d, *leaves, 3, use_reentrant=False)
+    for got, exact in zip(torch.autograd.grad(out.square().sum(), leaves), wanted, strict=True):
+        assert torch.equal(got, exact)
 
 
 def test_a_remembered_call_is_checked_like_a_new_one() -> None:
