@@ -128,7 +128,7 @@ def test_a_seed_gives_one_result() -> None:
 
 def test_processes_give_what_one_gives_and_a_failure_leaves_the_others() -> None:
     settings = Settings(**{**vars(TINY), "neighborhood_backend": "nattn"})
-    jobs = all_jobs(["none", "neighborhood", "temporal"], ["early-cue"], 1)
+    jobs = all_jobs(["none", "temporal", "neighborhood"], ["early-cue"], 1)
     found: list[dict] = [{}, {}]
     for results, workers in zip(found, (1, 2), strict=True):
         assert train_jobs(
