@@ -235,6 +235,12 @@ def test_targets_tell_the_share_of_each_clip(dtype: torch.dtype) -> None:
         assert (boxed > 60) == (how.cutmix > 0) and (boxed < 140) == (how.mixup > 0)
         again, _ = mix_clips(frames, wide, how, torch.Generator().manual_seed(1))
         assert torch.equal(again, x)
+    # whether a clip is mixed, and by which of the two, are draws of their own
+    how = MixConfig(mixup=0.8, cutmix=1.0, probability=0.5, switch=0.5)
+    x, y = mix_clips(frames, wide, how, torch.Generator().manual_seed(2))
+    flat = x.double().amax((1, 2, 3, 4)) == x.double().amin((1, 2, 3, 4))
+    blended = flat & (y.max(1).values < 1)
+    assert abs(float(blended.double().mean()) - 0.25) < 0.08
     same, y = mix_clips(frames, wide, MixConfig(mixup=1.0, probability=0.0))
     assert same is frames and y is wide
     for values, message in (
@@ -674,6 +680,21 @@ def test_training_without_cuts_sees_what_a_test_sees(world: Path, size: tuple[in
     assert inputs["target"].tolist() == [[1, 0], [0, 1]]
     tall = fit_clips(inputs["frames"], (5, 3))
     assert tall.shape[-2:] == (5, 3)
+
+
+def test_inputs_are_drawn_from_the_generator_alone(world: Path) -> None:
+    given = load_config(ClassifyConfig, config(world, "draws", **FULL))
+    task = classify.ClassifyTask(given, Held({}, None, None, []), ["a", "b"], torch.device("cpu"))
+    g = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (8, 4, 16, 16, 3), dtype=torch.uint8, generator=g)
+    batch = {"frames": frames, "label": torch.arange(8) % 2}
+    found = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(len(found))
+        found.append(task.inputs(batch, torch.Generator().manual_seed(seed)))
+    for name in ("frames", "target"):
+        assert torch.equal(found[0][name], found[1][name])
+        assert not torch.equal(found[0][name], found[2][name])
 
 
 def test_selection_by_ratio_adds_its_loss(world: Path) -> None:
