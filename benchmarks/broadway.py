@@ -165,7 +165,7 @@ def main() -> None:
     with options.applied_to(run.pipe):
         broadway_steps = run.step_times()
 
-    figures: dict[str, Any] = {"device": device, "torch": torch.__version__, **vars(args)}
+    figures: dict[str, Any] = {**vars(args), "device": device, "torch": torch.__version__}
     for name, rows in results.items():
         figures[name] = {
             "seconds": median(row["seconds"] for row in rows),
