@@ -373,7 +373,8 @@ def train_one(
         graphs: on a GPU, replay forward and backward as one CUDA graph.
 
     Returns:
-        ``accuracy``, ``task_accuracy`` (with directions, whichever the direction, else None),
+        ``accuracy``, ``task_accuracy`` (with directions: the task of the named class is right,
+        whichever its direction; else None),
         ``first_loss`` and ``last_loss`` (means over a tenth of the steps), ``parameters``,
         ``seconds``, ``graphs``.
     """
@@ -422,11 +423,9 @@ def train_one(
     right, right_task, seen = 0, 0, 0
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=cuda):
         for clips, label in problem.test_batches(settings.batch_size):
-            scores = model(clips).float()
-            right += int((scores.argmax(1) == label).sum())
-            if problem.directions:
-                task = scores.unflatten(1, (-1, 2)).logsumexp(2).argmax(1)
-                right_task += int((task == label // 2).sum())
+            named = model(clips).argmax(1)
+            right += int((named == label).sum())
+            right_task += int((named // 2 == label // 2).sum())
             seen += len(label)
     course = torch.stack(losses).tolist()
     tenth = max(1, len(course) // 10)

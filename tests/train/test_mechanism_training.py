@@ -86,9 +86,32 @@ def test_training_clips_alone_are_augmented() -> None:
 
 def test_without_order_at_most_half_is_right() -> None:
     problem = both_ways()
-    settings = Settings(steps=40, batch_size=8, dim=32, depth=1, heads=1, learning_rate=3e-3)
+    settings = Settings(steps=100, batch_size=8, dim=32, depth=1, heads=1, learning_rate=3e-3)
     result = train_one(Job("none", "metaworld", 0), problem, settings)
     assert result["accuracy"] <= 0.5 < result["task_accuracy"]
+
+
+def test_accuracies_count_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = both_ways()
+    settings = Settings(steps=1, batch_size=4, dim=32, depth=1, heads=1)
+    # classes named for the four test clips, first forwards, then backwards
+    named = iter([[0, 3, 4, 0], [1, 3, 0, 0]])
+
+    class Oracle(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(6))
+
+        def forward(self, clips: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                return self.bias.expand(len(clips), -1)
+            return torch.eye(6)[next(named)] + self.bias
+
+    monkeypatch.setattr(mechanisms, "build", lambda *_: Oracle())
+    result = train_one(Job("none", "metaworld", 0), problem, settings)
+    # labels are 0, 1, 2, 0: classes 0 2 4 0 forwards and 1 3 5 1 backwards
+    assert result["accuracy"] == 5 / 8 and result["task_accuracy"] == 7 / 8
+    assert result["test_clips"] == 8
 
 
 def test_tasks_of_one_scene_are_kept_and_others_left_out() -> None:
