@@ -252,18 +252,47 @@ def one_pass(case: Case) -> Tiles | None:
     return triton_config.candidates("once", three_axes(axes), case.dim, 2)[0]
 
 
-def natten(case: Case) -> Call | None:
-    """NATTEN's own choice of backend, or ``None`` where it is not installed."""
+def natten(case: Case, device: str, dtype: torch.dtype) -> Call | None:
+    """NATTEN with the fastest of the configurations it lists; ``None`` where it is not installed."""
     try:
-        from natten import na1d, na2d, na3d
+        import natten as package
     except ImportError:
         return None
-    function = {1: na1d, 2: na2d, 3: na3d}[len(case.grid)]
+    function = getattr(package, f"na{len(case.grid)}d")
 
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-        return function(q, k, v, **case.options)
+    def bound(**configuration: Any) -> Call:
+        def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+            return function(q, k, v, **case.options, **configuration)
 
-    return call
+        return call
+
+    def fastest(run: Callable[[dict[str, Any]], Any], choices: list[dict[str, Any]]) -> dict:
+        return min(choices, key=lambda one: milliseconds(lambda: run(one), device, 3, 0.5))
+
+    q, k, v = inputs(case, device, dtype, False)
+    try:
+        forwards = [
+            {"q_tile_shape": a, "kv_tile_shape": b, "kernel_schedule": c, "backend": "hopper-fna"}
+            for (a, b), c in package.get_configs_for_cutlass_hopper_fna(q, k, v)
+        ]
+        backwards = [
+            {"backward_q_tile_shape": a, "backward_kv_tile_shape": b}
+            for a, b in package.get_bwd_configs_for_cutlass_hopper_fna(q, k, v)
+        ]
+    except (AttributeError, RuntimeError, ValueError):
+        return bound()  # another version or GPU: its own choice
+    if not forwards or not backwards:
+        return bound()
+    forward = fastest(lambda one: bound(**one)(q, k, v), forwards)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    up = torch.randn_like(q)
+
+    def back(one: dict[str, Any]) -> Any:
+        return torch.autograd.grad(bound(**forward, **one)(*leaves), leaves, up)
+
+    chosen = forward | fastest(back, backwards)
+    print(f"  NATTEN: {chosen}")
+    return bound(**chosen)
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
@@ -291,11 +320,12 @@ def rows(case: Case, device: str, wanted: list[str] | None) -> dict[str, Call]:
             calls["one pass"] = ours(case, "triton", False)
     calls["FlexAttention"] = ours(case, "flex")
     calls["dense"] = dense
-    peer = natten(case)
-    if peer is None:
-        print("  NATTEN: not installed")
-    else:
+    wants = not wanted or "NATTEN" in wanted
+    peer = natten(case, device, torch.bfloat16) if wants else None
+    if peer is not None:
         calls["NATTEN"] = peer
+    elif wants:
+        print("  NATTEN: not installed")
     return {name: call for name, call in calls.items() if not wanted or name in wanted}
 
 
