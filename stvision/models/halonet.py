@@ -147,7 +147,8 @@ class _Block(nn.Module):
             self.post_attn = _PostNorm(mid, act)
         self.attends = attention is not None
         self.conv3_1x1 = _ConvNorm(mid, out)
-        nn.init.zeros_(self.conv3_1x1.bn.weight)
+        if self.shortcut is not None:  # without one, nothing would pass a fresh block
+            nn.init.zeros_(self.conv3_1x1.bn.weight)
         self.ela = nn.Identity() if last_gate is None else last_gate
         self.drop_path = DropPath(drop_path)
         self.act = nn.Identity() if linear_out else _ACTIVATIONS[act]()

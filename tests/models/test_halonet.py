@@ -244,3 +244,22 @@ def test_bad_input_gets_one_sentence() -> None:
         small(gate="cbam")
     with pytest.raises(ValueError, match=r"bottleneck must be one or 2 numbers, got \(0.5,\)"):
         small(bottleneck=(0.5,))
+
+
+def test_a_fresh_block_without_shortcut_lets_its_input_through() -> None:
+    """Where nothing runs past a block, its last norm does not begin at zero."""
+    torch.manual_seed(0)
+    stages = (HaloStage("ch", 16, 2, HEADS), HaloStage("hc", 32, 2, HEADS))
+    sizes = SMALL | {"stages": stages, "linear_out": True, "last_width": 0}
+    x = torch.randn(2, 3, 32, 32)
+    for shortcut in (True, False):
+        model = HaloNet(**(sizes | {"shortcut": shortcut})).train()
+        branches = {
+            f"{i}.{j}": bool(block.conv3_1x1.bn.weight.any())
+            for i, stage in enumerate(model.stages)
+            for j, block in enumerate(stage.blocks)
+        }
+        wanted = {name: not shortcut and name.endswith(".0") for name in branches}
+        assert branches == wanted
+        F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+        assert model.stem.conv1.conv.weight.grad.abs().max() > 1e-6
