@@ -1,5 +1,6 @@
 """Attention in a 3-D neighborhood of each token (Hassani et al. 2023, Neighborhood Attention)."""
 
+import operator
 from typing import cast
 
 from torch import Tensor
@@ -54,7 +55,8 @@ class NeighborhoodAttention(VolumeAttention):
 
         volume = [x.unflatten(1, layout.grid) for x in (query, key, value)]
         frames, rows, columns = (
-            min(size, extent) for size, extent in zip(self.kernel_size, layout.grid, strict=True)
+            size if size <= extent else operator.index(extent)
+            for size, extent in zip(self.kernel_size, layout.grid, strict=True)
         )
         out = na3d(
             volume[0],

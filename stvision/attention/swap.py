@@ -10,7 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from stvision.attention.volume import AttentionProjections
+from stvision.attention.volume import AttentionProjections, check_volume
 from stvision.attention.windows import whole_and_rest, window_attention
 from stvision.layers.feed_forward import GatedFeedForward
 from stvision.layers.frames import group_norm_volume
@@ -164,6 +164,9 @@ class SwapAttention(nn.Module):
         ff_mult: width of the gated feed-forward over C.
         norm_num_groups: groups of the group norms; must divide ``dim``.
         backend: attention backend by name.
+
+    Raises:
+        ValueError: heads or groups that do not divide ``dim``, or another option out of range.
     """
 
     def __init__(
@@ -180,6 +183,8 @@ class SwapAttention(nn.Module):
         super().__init__()
         if query not in ("temporal", "spatial"):
             raise ValueError(f"query must be 'temporal' or 'spatial', got {query!r}")
+        if norm_num_groups < 1 or dim % norm_num_groups:
+            raise ValueError(f"norm_num_groups must divide dim {dim}, got {norm_num_groups}")
         self.query = query
         self.norm_q = nn.GroupNorm(norm_num_groups, dim, eps=1e-6)
         self.norm_kv = nn.GroupNorm(norm_num_groups, dim, eps=1e-6)
@@ -198,11 +203,12 @@ class SwapAttention(nn.Module):
         skip_frames: int = 0,
     ) -> Tensor:
         """What is added to the sum of the branches; arguments as in :meth:`forward`."""
-        if spatial.ndim != 5 or spatial.shape != temporal.shape:
+        if spatial.shape != temporal.shape:
             raise ValueError(
                 "spatial and temporal must be (B, T, H, W, C) of one shape, got "
                 f"{tuple(spatial.shape)} and {tuple(temporal.shape)}"
             )
+        check_volume(spatial, self.proj_q.in_features, "spatial and temporal")
         asking, answering = spatial, temporal
         if self.query == "temporal":
             asking, answering = temporal, spatial
@@ -236,6 +242,7 @@ class SwapAttention(nn.Module):
             (B, T, H, W, C).
 
         Raises:
-            ValueError: the shapes differ or are not five-dimensional.
+            ValueError: the shapes differ, are not five-dimensional or of another width.
         """
-        return spatial + temporal + self.update(spatial, temporal, norm_frames, skip_frames)
+        update = self.update(spatial, temporal, norm_frames, skip_frames)
+        return spatial + temporal + update

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from stvision.attention.volume import VolumeAttention
+from stvision.attention.volume import VolumeAttention, check_volume
 from stvision.attention.windows import WindowLayout, window_attention
 from stvision.layers.rotary import apply_rotary, rotary_table, rotary_table_at
 
@@ -170,8 +170,9 @@ class TemporalAttention(VolumeAttention):
         Raises:
             ValueError: another shape, or both ``times`` and ``fps``.
         """
-        if x.ndim != 5 or (times is None and fps is None):
+        if times is None and fps is None:
             return super().forward(x)
+        check_volume(x, self.to_q.in_features)
         query, key, value = (self.split_heads(to(x)) for to in (self.to_q, self.to_k, self.to_v))
         rotary = self.rotary_emb
         out = temporal_attention(

@@ -7,6 +7,15 @@ from stvision.attention.windows import WindowLayout, window_attention
 from stvision.layers.rotary import RotaryEmbedding, apply_rotary
 
 
+def check_volume(x: Tensor, dim: int, name: str = "x") -> None:
+    """ValueError unless ``x`` is (B, T, H, W, dim) with tokens in it."""
+    if x.ndim != 5 or x.shape[-1] != dim or 0 in x.shape[1:4]:
+        raise ValueError(
+            f"{name} must be (B, T, H, W, {dim}) with at least one frame, row and column, "
+            f"got {tuple(x.shape)}"
+        )
+
+
 class AttentionProjections(nn.Module):
     """Query, key and value without bias, output with bias: keys ``to_q|to_k|to_v|to_out.0``.
 
@@ -114,9 +123,11 @@ class VolumeAttention(AttentionProjections):
 
         Returns:
             (B, T, H, W, C).
+
+        Raises:
+            ValueError: another rank or width, or no tokens.
         """
-        if x.ndim != 5:
-            raise ValueError(f"x must be (B, T, H, W, C), got shape {tuple(x.shape)}")
+        check_volume(x, self.to_q.in_features)
         frames, height, width = x.shape[1:4]
         layout = self.layout((frames, height, width))
         if layout is not None:

@@ -190,6 +190,42 @@ def test_gradients_reach_both_branches_and_all_weights_after_one_step():
         assert gradient is not None and gradient.abs().max() > 0
 
 
+def test_gradients_are_those_of_differences():
+    module = shaken(SwapAttention(4, 2, window=(2, 2, 3), ff_mult=1, norm_num_groups=2)).double()
+    names, values = zip(*module.named_parameters(), strict=True)
+    branches = [x.requires_grad_() for x in volumes(2, 1, 3, 3, 4, 4)]
+
+    def call(z_s, z_t, *weights):
+        state = dict(zip(names, weights, strict=True))
+        return torch.func.functional_call(module, state, (z_s, z_t))
+
+    assert torch.autograd.gradcheck(call, (*branches, *values), fast_mode=True)
+
+
+def test_compiles_as_one_graph():
+    module = shaken(SwapAttention(8, 2, window=(3, 4, 2), norm_num_groups=4)).double()
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=False)
+    z_s, z_t = volumes(2, *SHAPE, 8)
+    torch.testing.assert_close(compiled(z_s, z_t), module(z_s, z_t))
+    branches = [x.requires_grad_() for x in (z_s, z_t)]
+    grads = [torch.autograd.grad(m(*branches).square().sum(), branches) for m in (compiled, module)]
+    torch.testing.assert_close(*grads)
+
+
+def test_bfloat16_and_autocast_are_near_the_wide_result():
+    module = shaken(SwapAttention(16, 2, window=(3, 4, 2), norm_num_groups=4))
+    z_s, z_t = volumes(2, *SHAPE, 16, dtype=torch.float32)
+    wanted = module.update(z_s, z_t)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = module.update(z_s, z_t)
+        mixed.float().sum().backward()
+    half = module.bfloat16().update(z_s.bfloat16(), z_t.bfloat16())
+    assert half.dtype == torch.bfloat16
+    for got in (mixed, half):
+        assert (got.float() - wanted).abs().max() < 0.03 * wanted.abs().max()
+
+
 def test_cost_grows_with_the_number_of_windows():
     def flops(height, window):
         q, k, v = (torch.randn(1, 4, height, 8, 2, 8) for _ in range(3))
@@ -223,6 +259,7 @@ def test_frame_convolution_is_the_library_one():
         ({"window": (4, None, 8)}, "window must be frames"),
         ({"heads": 3}, "heads must divide dim"),
         ({"ff_mult": 0}, "mult must be at least 1"),
+        ({"norm_num_groups": 3}, "norm_num_groups must divide dim 8, got 3"),
     ],
 )
 def test_bad_options_get_one_sentence(options, message):
@@ -235,6 +272,10 @@ def test_bad_shapes_get_one_sentence():
     z = torch.zeros(1, 2, 4, 4, 8)
     with pytest.raises(ValueError, match="spatial and temporal must be"):
         module(z, z[:, :1])
+    with pytest.raises(ValueError, match="spatial and temporal must be .* of one shape"):
+        module(z, z[:, :, :3])
+    with pytest.raises(ValueError, match=r"spatial and temporal must be \(B, T, H, W, 8\)"):
+        module(z[..., :6], z[..., :6])
     with pytest.raises(ValueError, match="must be at least 1"):
         windowed_cross_attention(z[..., None], z[..., None], z[..., None], (0, 1, 1))
     with pytest.raises(ValueError, match="of one shape"):

@@ -168,7 +168,7 @@ def test_bad_input() -> None:
         (lambda: module(x, TIMES[:, :4]), r"times must be \(5,\) or \(2, 5\), got \(2, 4\)"),
         (lambda: module(x, torch.zeros(5, 2)), r"times must be \(5,\) or \(2, 5\), got \(5, 2\)"),
         (lambda: module(x, fps=0.0), "fps must be a number above 0, got 0.0"),
-        (lambda: module(x[0], TIMES), r"x must be \(B, T, H, W, C\)"),
+        (lambda: module(x[0], TIMES), r"x must be \(B, T, H, W, 24\)"),
         (lambda: TemporalAttention(24, 2, rotary_unit=0.0), "rotary_unit must be a number"),
         (
             lambda: temporal_attention(q, k, v, times=TIMES, rotary_unit=math.nan),

@@ -155,6 +155,55 @@ def test_packed_attention_is_the_volume_attention() -> None:
     assert module.layout((2, 9, 12)) is None
 
 
+VOLUME_KINDS = [
+    ("seer-window", {}),
+    ("full", {"causal": True}),
+    ("temporal", {}),
+    ("neighborhood", {"causal": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), VOLUME_KINDS)
+def test_modules_compile_as_one_graph_for_changing_sizes(name, options) -> None:
+    """The sizes become symbols from the second clip on, but for windows, whose borders they cut."""
+    module = ATTENTIONS[name](16, 2, **options).double()
+    torch.compiler.reset()
+    dynamic = False if name == "seer-window" else None
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for grid in ((3, 8, 8), (2, 5, 9), (6, 13, 11)):
+        x = torch.randn(1, *grid, 16, dtype=torch.float64, requires_grad=True)
+        got, expected = compiled(x), module(x)
+        torch.testing.assert_close(got, expected)
+        grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)]
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(("name", "options"), VOLUME_KINDS)
+def test_gradients_of_modules_are_those_of_differences(name, options) -> None:
+    module = ATTENTIONS[name](8, 2, **options).double()
+    names, values = zip(*module.named_parameters(), strict=True)
+    x = torch.randn(1, 3, 5, 6, 8, dtype=torch.float64, requires_grad=True)
+
+    def call(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *values), fast_mode=True)
+
+
+@pytest.mark.parametrize(("name", "options"), VOLUME_KINDS)
+def test_modules_in_bfloat16_and_under_autocast(name, options) -> None:
+    module = ATTENTIONS[name](32, 2, **options)
+    x = torch.randn(2, 3, 9, 10, 32)
+    wanted = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = module(x)
+        mixed.float().sum().backward()
+    half = module.bfloat16()(x.bfloat16())
+    assert mixed.dtype == half.dtype == torch.bfloat16
+    for got in (mixed, half):
+        assert (got.float() - wanted).abs().max() < 0.03 * wanted.abs().max()
+
+
 def test_weights_are_interchangeable() -> None:
     keys = {
         name: list(kind(16, 2).state_dict())
@@ -200,7 +249,9 @@ def test_bad_module_arguments() -> None:
         SeerWindowAttention(10, 3)
     with pytest.raises(ValueError, match="window_size must be"):
         SeerWindowAttention(8, 2, window_size=0)
-    with pytest.raises(ValueError, match=r"\(B, T, H, W, C\)"):
-        SeerWindowAttention(8, 2)(torch.randn(2, 3, 8))
+    for name in ("seer-window", "full", "temporal", "neighborhood"):
+        for shape in ((2, 3, 8), (1, 2, 4, 4, 6), (1, 0, 4, 4, 8)):
+            with pytest.raises(ValueError, match=r"x must be \(B, T, H, W, 8\) with at least one"):
+                ATTENTIONS[name](8, 2)(torch.randn(shape))
     with pytest.raises(ValueError, match="kernel_size must be"):
         ATTENTIONS["neighborhood"](8, 2, kernel_size=(1, 2))
