@@ -38,6 +38,32 @@ def _segments(x: Tensor, segments: int) -> Tensor:
     return x[:, : segments * length].unflatten(1, (segments, length))
 
 
+class _LSTM(nn.Module):
+    """The last output of an LSTM: (B, S, D) to (B, hidden). Keys and beginnings are torch's.
+
+    Written out, for torch's graphs take no ``nn.LSTM`` whole; the steps are few.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden
+        self.weight_ih_l0 = nn.Parameter(torch.empty(4 * hidden, dim))
+        self.weight_hh_l0 = nn.Parameter(torch.empty(4 * hidden, hidden))
+        self.bias_ih_l0 = nn.Parameter(torch.empty(4 * hidden))
+        self.bias_hh_l0 = nn.Parameter(torch.empty(4 * hidden))
+        for p in self.parameters():
+            nn.init.uniform_(p, -(hidden**-0.5), hidden**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = x.new_zeros(x.shape[0], self.hidden_size)
+        for entering in F.linear(x, self.weight_ih_l0, self.bias_ih_l0).unbind(1):
+            gates = entering + F.linear(h, self.weight_hh_l0, self.bias_hh_l0)
+            enter, forget, new, leave = gates.chunk(4, dim=-1)
+            c = forget.sigmoid() * c + enter.sigmoid() * new.tanh()
+            h = leave.sigmoid() * c.tanh()
+        return h
+
+
 class TSLSTM(nn.Module):
     """Temporal segment LSTM: norm and maximum in fixed segments, an LSTM over them, its last output.
 
@@ -74,7 +100,7 @@ class TSLSTM(nn.Module):
         self.dim, self.num_classes, self.num_features = dim, num_classes, hidden
         self.segments = segments
         self.norms = nn.ModuleList(nn.BatchNorm1d(dim) for _ in range(segments))
-        self.lstm = nn.LSTM(dim, hidden, batch_first=True)
+        self.lstm = _LSTM(dim, hidden)
         self.norm = nn.BatchNorm1d(hidden)
         self.drop = nn.Dropout(dropout)
         self.fc = nn.Linear(hidden, num_classes) if num_classes else nn.Identity()
@@ -92,10 +118,13 @@ class TSLSTM(nn.Module):
             pooled.append(torch.stack(steps, 1).amax(1))
         return torch.stack(pooled, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (B, T, D), T at least the number of segments, to scores (B, classes)."""
-        out, _ = self.lstm(self.pool(x))
-        return self.fc(self.drop(self.norm(out[:, -1])))
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features (B, T, D), T at least the number of segments, to scores (B, classes).
+
+        ``pre_logits`` leaves the linear layer out: (B, hidden).
+        """
+        x = self.drop(self.norm(self.lstm(self.pool(x))))
+        return x if pre_logits else cast(Tensor, self.fc(x))
 
 
 class _Branch(nn.Module):
@@ -165,8 +194,10 @@ class TemporalInception(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.fc = nn.Linear(hidden, num_classes) if num_classes else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features (B, T, D) to scores (B, classes).
+
+        ``pre_logits`` leaves the last linear layer out: (B, hidden).
 
         Raises:
             ValueError: another shape, or steps that do not come down to one: they must be 24 to 47.
@@ -181,7 +212,8 @@ class TemporalInception(nn.Module):
         for module in self.branches:
             x = torch.cat([branch(x) for branch in cast(nn.ModuleList, module)], 1)
         x = self.channel_drop(self.reduce(x))
-        return self.fc(self.drop(F.relu(self.norm(self.fc1(x.flatten(1))))))
+        x = self.drop(F.relu(self.norm(self.fc1(x.flatten(1)))))
+        return x if pre_logits else cast(Tensor, self.fc(x))
 
 
 def _check_head(dim: int, num_classes: int) -> None:

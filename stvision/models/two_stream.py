@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stvision.layers import TEMPORAL_HEADS
+from stvision.models.surface import asked_stages
 from stvision.models.weights import adapt_input_channels
 from stvision.optional import mend_torchvision, require
 
@@ -202,8 +203,14 @@ class TwoStream(nn.Module):
         """The last linear layer."""
         return cast(nn.Module, self.head.fc)
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A fresh last layer of ``num_classes`` outputs; 0 for none; ValueError below 0."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh last layer of ``num_classes`` outputs; 0 for none.
+
+        Raises:
+            ValueError: a negative number, or a pooling, in whose place the head over time stands.
+        """
+        if global_pool is not None:
+            raise ValueError(f"global_pool must be None, got {global_pool!r}")
         if num_classes < 0:
             raise ValueError(f"num_classes must be at least 0, got {num_classes}")
         like = next(self.head.parameters())
@@ -248,9 +255,44 @@ class TwoStream(nn.Module):
             features = torch.cat([features, moving], dim=-1)
         return features
 
-    def forward_head(self, features: Tensor) -> Tensor:
-        """Features (B, T, D) to scores (B, classes)."""
-        return cast(Tensor, self.head(features))
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NLC",
+        intermediates_only: bool = False,
+        *,
+        flow: Tensor | None = None,
+    ) -> Any:
+        """Features of the frames, the one stage that there is.
+
+        Args:
+            x: clips, see :meth:`forward_features`.
+            indices: 0 or -1 in a list, 1, or ``None``; all mean the same.
+            norm: no norm follows; without effect.
+            stop_early: without effect.
+            output_fmt: ``"NLC"`` (B, T, D) or ``"NCL"`` (B, D, T).
+            intermediates_only: return only the list.
+            flow: see :meth:`forward_features`.
+
+        Returns:
+            (features (B, T, D), list of features), or the list.
+
+        Raises:
+            ValueError: another stage or format, or what :meth:`forward_features` refuses.
+        """
+        if output_fmt not in {"NLC", "NCL"}:
+            raise ValueError(f"output_fmt must be 'NLC' or 'NCL', got {output_fmt!r}")
+        asked = asked_stages(indices, 1)
+        features = self.forward_features(x, flow)
+        found = [features if output_fmt == "NLC" else features.mT for _ in asked]
+        return found if intermediates_only else (features, found)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features (B, T, D) to scores (B, classes); ``pre_logits`` leaves the last layer out."""
+        return cast(Tensor, self.head(features, pre_logits=pre_logits))
 
     def forward(self, x: Tensor, flow: Tensor | None = None) -> Tensor:
         """Clips (B, C, T, H, W), and flow of the same frames, to scores (B, classes)."""

@@ -40,7 +40,7 @@ def batch_norm(x: Tensor, norm: nn.Module) -> Tensor:
     return x * norm.weight + norm.bias
 
 
-def lstm(x: Tensor, cell: nn.LSTM) -> Tensor:
+def lstm(x: Tensor, cell: nn.Module) -> Tensor:
     """Last output of an LSTM on (B, T, D), gate by gate."""
     h = c = torch.zeros(x.shape[0], cell.hidden_size, dtype=x.dtype)
     for t in range(x.shape[1]):
@@ -64,6 +64,25 @@ def test_ts_lstm_is_its_definition(steps: int, segments: int) -> None:
     wanted = out @ head.fc.weight.T + head.fc.bias
     assert (head(x) - wanted).abs().max() < 1e-12
     assert (head.float()(x.float()) - wanted).abs().max() < 1e-5
+
+
+def test_the_lstm_is_torchs() -> None:
+    """Same keys, same beginnings from the same draws, same last output and gradients."""
+    torch.manual_seed(0)
+    theirs = nn.LSTM(6, 7, batch_first=True).double()
+    torch.manual_seed(0)
+    ours = TSLSTM(6, 5, 3, 7, init_range=None).lstm.double()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value)
+    x = features(9).requires_grad_()
+    outs = ours(x), theirs(x)[0][:, -1]
+    assert (outs[0] - outs[1]).abs().max() < 1e-13
+    grads = [
+        torch.autograd.grad(out.sin().sum(), [x, *net.parameters()])
+        for out, net in zip(outs, (ours, theirs), strict=True)
+    ]
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(*grads, strict=True))
 
 
 def test_norm_of_a_segment_sees_one_step_at_a_time_in_training() -> None:
@@ -161,10 +180,14 @@ def test_gradients_dtypes_and_compilation(name: str) -> None:
     head = {"ts-lstm": ts_lstm, "temporal-inception": inception}[name]()
     x = features(24).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: head(x), (x,), fast_mode=True)
-    if name == "temporal-inception":  # torch's graph takes no LSTM whole
-        torch.compiler.reset()
-        compiled = torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=False)
-        assert (compiled(x) - head(x)).abs().max() < 1e-12
+    torch.compiler.reset()
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=False)
+    leaves = [x, *head.parameters()]
+    outs = compiled(x), head(x)
+    assert (outs[0] - outs[1]).abs().max() < 1e-12
+    grads = [torch.autograd.grad(out.square().sum(), leaves) for out in outs]
+    assert all((a - b).abs().max() < 1e-10 for a, b in zip(*grads, strict=True))
+    assert torch.equal(head.fc(head(x, pre_logits=True)), head(x))
     head = head.float()
     wanted = head(x.float())
     with torch.autocast("cpu", torch.bfloat16):

@@ -89,6 +89,21 @@ def test_classifier_is_replaced() -> None:
     assert net(x.double(), flow.double()).shape == (2, net.head_hidden_size)
 
 
+@pytest.mark.parametrize("head", ["ts-lstm", "temporal-inception"])
+def test_surface(head: str) -> None:
+    net, (x, flow) = model(head), clips()
+    last, (features,) = net.forward_intermediates(x, flow=flow)
+    assert torch.equal(last, net.forward_features(x, flow)) and torch.equal(last, features)
+    assert features.shape == (2, 25, net.feature_info[0]["num_chs"])
+    options = {"indices": [-1], "output_fmt": "NCL", "intermediates_only": True, "flow": flow}
+    assert torch.equal(net.forward_intermediates(x, **options)[0], features.mT)
+    hidden = net.forward_head(features, pre_logits=True)
+    assert hidden.shape == (2, net.head_hidden_size)
+    assert torch.equal(net.get_classifier()(hidden), net(x, flow))
+    net.reset_classifier(0)
+    assert torch.equal(net(x, flow), hidden)
+
+
 def test_backbone_of_this_project() -> None:
     sizes = "stvision:davit_tiny"
     net, dim = image_features(sizes, in_chans=2)
@@ -123,8 +138,9 @@ def test_backbones_of_torchvision(name: str) -> None:
         assert wide.eval()(torch.randn(1, 20, 40, 40)).shape == (1, dim)
 
 
-def test_compiles_and_autocasts() -> None:
-    net, (x, flow) = model("temporal-inception"), clips()
+@pytest.mark.parametrize("head", ["ts-lstm", "temporal-inception"])
+def test_compiles_and_autocasts(head: str) -> None:
+    net, (x, flow) = model(head), clips()
     wanted = net(x, flow)
     torch.compiler.reset()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=False)
@@ -146,6 +162,9 @@ def test_bad_input() -> None:
         (lambda: image_features("resnet18"), "backbone must be one of stvision:NAME"),
         (lambda: image_features("stvision:davit_tiny", True), "must name its weights"),
         (lambda: net.reset_classifier(-1), "num_classes must be at least 0"),
+        (lambda: net.reset_classifier(3, "avg"), "global_pool must be None, got 'avg'"),
+        (lambda: net.forward_intermediates(x, [1], flow=flow), "must lie between -1 and 0"),
+        (lambda: net.forward_intermediates(x, output_fmt="NCHW"), "output_fmt must be 'NLC'"),
     ]
     for call, message in calls:
         with pytest.raises(ValueError, match=message):
