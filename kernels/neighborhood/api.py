@@ -16,13 +16,14 @@ import torch
 
 from stvision.kernels.neighborhood import dense
 from stvision.kernels.neighborhood.choice import Choice, Request, choose, interpreted
-from stvision.kernels.neighborhood.ops import attend
+from stvision.kernels.neighborhood.ops import attend, is_autocast
 from stvision.kernels.neighborhood.problem import (
     AXIS_NAMES,
     PerAxisBool,
     PerAxisInt,
     PerAxisStr,
     build_axes,
+    check_are_tensors,
     check_rpb,
     check_tensors,
     per_axis,
@@ -56,6 +57,9 @@ def merge(
     return merged.to(out.dtype), total.log() + top
 
 
+#: whose ``repr`` says all there is to know, as that of an iterator does not
+_PLAIN = frozenset({int, bool, str, type(None)})
+
 #: what :func:`_prepare` found for calls without bias, mask and additional tokens
 _KNOWN: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 #: calls of which it is remembered
@@ -76,15 +80,31 @@ class _Call(NamedTuple):
     choice: Choice
 
 
+def _lowered(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x`` as autocast has it; numbers of another kind are left to the checks."""
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _is_written_out(values: tuple[Any, ...]) -> bool:
+    """Whether ``repr`` tells these arguments from all others."""
+    for x in values:
+        if type(x) in (tuple, list):
+            for one in x:
+                if type(one) not in _PLAIN:
+                    return False
+        elif type(x) not in _PLAIN:
+            return False
+    return True
+
+
 def _prepare(
-    rank: int,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     kernel_size: PerAxisInt,
-    stride: PerAxisInt,
-    dilation: PerAxisInt,
-    is_causal: PerAxisBool,
+    stride: PerAxisInt | None,
+    dilation: PerAxisInt | None,
+    is_causal: PerAxisBool | None,
     additional_keys: torch.Tensor | None,
     additional_values: torch.Tensor | None,
     backend: str | None,
@@ -96,29 +116,46 @@ def _prepare(
     query_map: str | PerAxisInt | None,
     deterministic: bool | None,
 ) -> _Call:
-    device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    given = (rpb, key_mask, additional_keys, additional_values)
+    plain = type(query) is type(key) is type(value) is torch.Tensor
+    plain = plain and rpb is key_mask is additional_keys is additional_values is None
+    if not plain:
+        names = ("rpb", "key_mask", "additional_keys", "additional_values")
+        some = {name: x for name, x in zip(names, given, strict=True) if x is not None}
+        check_are_tensors(query=query, key=key, value=value, **some)
+    return_lse = bool(return_lse)
+    if is_autocast(query.device.type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (_lowered(x, dtype) for x in (query, key, value))
         if additional_keys is not None and additional_values is not None:
-            additional_keys = additional_keys.to(dtype)
-            additional_values = additional_values.to(dtype)
+            additional_keys = _lowered(additional_keys, dtype)
+            additional_values = _lowered(additional_values, dtype)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    given = (rpb, key_mask, additional_keys, additional_values)
-    needs_grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (query, key, value, *given)
+    needs_grad = torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or any(x is not None and x.requires_grad for x in given)
     )
     label: tuple[Any, ...] | None = None
-    if all(x is None for x in given) and type(query) is torch.Tensor:
+    windows = (kernel_size, stride, dilation, is_causal, border, pad, query_map)
+    words = (*windows, backend, deterministic)
+    if plain and not torch.compiler.is_compiling() and _is_written_out(words):
         # checks and choices take as long as a small kernel; repr tells 1 from True and 1.0
-        words = repr((kernel_size, stride, dilation, is_causal, border, pad, query_map, backend))
-        tensors = ((x.shape, x.dtype, x.device) for x in (query, key, value))
-        label = (rank, *tensors, words, return_lse, deterministic, needs_grad, interpreted())
-        if torch.compiler.is_compiling():
-            label = None
+        tensors = ((x.shape, x.dtype, x.device, x.layout) for x in (query, key, value))
+        label = (*tensors, repr(words), return_lse, needs_grad, interpreted())
     known = None if label is None else _KNOWN.get(label)
     if known is None:
+        check_are_tensors(query=query, key=key, value=value)
+        if not isinstance(deterministic, bool):
+            raise TypeError(f"deterministic must be True, False or None, not {deterministic!r}")
+        rank = query.dim() - 3
+        if rank not in AXIS_NAMES:
+            raise ValueError(
+                "query must be (batch, *grid, heads, head_dim) with a grid of one to three axes, "
+                f"but has shape {tuple(query.shape)}"
+            )
         check_tensors(
             rank,
             query,
@@ -194,10 +231,37 @@ def _backend_of_tokens(call: _Call, axes: tuple[Axis, ...], options: dict[str, A
     return choose(request, options.get("backend", call.choice.backend)).backend
 
 
-@lru_cache(maxsize=512)
+def _listed(axes: tuple[Axis, ...]) -> list[int]:
+    return [number for axis in axes for number in axis.encode()]
+
+
+_remembered = lru_cache(maxsize=512)(_listed)
+
+
 def _encoded(axes: tuple[Axis, ...]) -> list[int]:
     """The axes as one list of numbers; not to be changed."""
-    return [number for axis in axes for number in axis.encode()]
+    if torch.compiler.is_compiling():
+        return _listed(axes)
+    if any(isinstance(n, torch.SymInt) for a in axes for n in (a.query_length, a.key_length)):
+        return _listed(axes)  # lengths without a value have no hash
+    return _remembered(axes)
+
+
+def _tile(name: str, shape: PerAxisInt, rank: int) -> tuple[int, ...]:
+    """A tile or box, positive on every axis."""
+    tile = per_axis(name, shape if isinstance(shape, int) else tuple(shape), rank)
+    if min(tile) < 1:
+        raise ValueError(f"{name} must hold numbers of at least 1, not {tile}")
+    return tile
+
+
+def _number(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    try:
+        return float(scale)
+    except (TypeError, ValueError):
+        raise TypeError(f"scale must be a number or None, not {scale!r}") from None
 
 
 def _attend(
@@ -212,10 +276,12 @@ def _attend(
     tile: tuple[int, ...],
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if backend == "flex":
+    if backend == "flex" and query.shape[0]:
         from stvision.kernels.neighborhood import flex
 
         return flex.attention(query, key, value, key_mask, axes, scale, tile[: len(axes)] or None)
+    if backend == "flex":  # FlexAttention fails on an empty batch
+        backend = "reference"
     return attend(
         query, key, value, rpb, key_mask, _encoded(axes), scale, backend, list(tile), deterministic
     )
@@ -226,16 +292,16 @@ def neighborhood_attention_generic(
     key: torch.Tensor,
     value: torch.Tensor,
     kernel_size: PerAxisInt,
-    stride: PerAxisInt = 1,
-    dilation: PerAxisInt = 1,
-    is_causal: PerAxisBool = False,
+    stride: PerAxisInt | None = 1,
+    dilation: PerAxisInt | None = 1,
+    is_causal: PerAxisBool | None = False,
     scale: float | None = None,
     additional_keys: torch.Tensor | None = None,
     additional_values: torch.Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
     backend: str | None = None,
-    q_tile_shape: Sequence[int] | None = None,
-    kv_tile_shape: Sequence[int] | None = None,
+    q_tile_shape: PerAxisInt | None = None,
+    kv_tile_shape: PerAxisInt | None = None,
     backward_q_tile_shape: Sequence[int] | None = None,
     backward_kv_tile_shape: Sequence[int] | None = None,
     backward_kv_splits: Sequence[int] | None = None,
@@ -255,7 +321,8 @@ def neighborhood_attention_generic(
     """Neighborhood attention; ``na1d``, ``na2d`` and ``na3d`` are this function for one rank.
 
     The first arguments are those of NATTEN 0.21, those after ``return_lse`` are additions. A value
-    "per axis" is one number for all axes or a tuple with one for each.
+    "per axis" is one number for all axes or a tuple with one for each; ``None`` for ``stride``,
+    ``dilation`` and ``is_causal`` is their default.
 
     Args:
         query: (B, *grid, H, d) float16, bfloat16, float32 or float64; grid is (L,), (H, W) or
@@ -305,16 +372,9 @@ def neighborhood_attention_generic(
         ValueError: sizes that do not fit together, a window larger than the grid, an unknown
             backend or one that cannot run the call; the sentence names axis and numbers.
         TypeError: a dtype or a value of the wrong kind.
-        NotImplementedError: a second derivative, or ``torch.func.vmap``.
+        NotImplementedError: a second derivative, a forward-mode one, or ``torch.func.vmap``.
     """
-    rank = query.dim() - 3
-    if rank not in (1, 2, 3):
-        raise ValueError(
-            "query must be (batch, *grid, heads, head_dim) with a grid of one to three axes, but "
-            f"has shape {tuple(query.shape)}"
-        )
     call = _prepare(
-        rank,
         query,
         key,
         value,
@@ -341,18 +401,17 @@ def neighborhood_attention_generic(
         wide = torch.promote_types(dtype, torch.float32)
         query, key, value, more_keys = (x.to(wide) for x in (query, key, value, more_keys))
         more_values = None if more_values is None else more_values.to(wide)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    if call.choice.backend == "sdpa":
-        return dense.attention(query, key, value, call.axes, float(scale))
-    tile = () if q_tile_shape is None else per_axis("q_tile_shape", tuple(q_tile_shape), rank)
+    rank, scale = len(call.axes), _number(scale, query.shape[-1])
+    tile = () if q_tile_shape is None else _tile("q_tile_shape", q_tile_shape, rank)
     flat_tile: tuple[int, ...] = ()
     if kv_tile_shape is not None:
         if not tile:
             raise ValueError("kv_tile_shape needs q_tile_shape beside it")
-        boxes = per_axis("kv_tile_shape", tuple(kv_tile_shape), rank)
+        boxes = _tile("kv_tile_shape", kv_tile_shape, rank)
         flat_tile = (math.prod(tile), math.prod(boxes))
         tile += boxes
+    if call.choice.backend == "sdpa":
+        return dense.attention(query, key, value, call.axes, scale)
     out, lse = _attend(
         call.choice.backend,
         query,
@@ -361,7 +420,7 @@ def neighborhood_attention_generic(
         rpb,
         key_mask,
         call.axes,
-        float(scale),
+        scale,
         tile,
         call.deterministic,
     )
@@ -380,7 +439,7 @@ def neighborhood_attention_generic(
             None,
             None,
             every,
-            float(scale),
+            scale,
             flat_tile if name == "triton" else (),
             call.deterministic,
         )
@@ -395,8 +454,8 @@ def _of_rank(rank: int, function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def attend(*args: P.args, **kwargs: P.kwargs) -> R:
-        query: Any = args[0] if args else kwargs["query"]
-        if query.dim() != rank + 3:
+        query: Any = args[0] if args else kwargs.get("query")
+        if isinstance(query, torch.Tensor) and query.dim() != rank + 3:
             raise ValueError(
                 f"na{rank}d takes (batch, {', '.join(AXIS_NAMES[rank])}, heads, head_dim), "
                 f"{rank + 3} axes, but query has shape {tuple(query.shape)}"
@@ -428,7 +487,7 @@ def _explained(function: Callable[P, Any]) -> Callable[P, Choice]:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         chosen = {name: value for name, value in bound.arguments.items() if name in wanted}
-        return _prepare(chosen["query"].dim() - 3, **chosen).choice
+        return _prepare(**chosen).choice
 
     return explain
 

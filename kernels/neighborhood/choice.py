@@ -90,6 +90,8 @@ def _why_not_triton(request: Request) -> str | None:
 def _why_not_flex(request: Request) -> str | None:
     if request.has_rpb:
         return "rpb is not supported"
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot trace how its block mask is made"
     if request.dtype == torch.float64 and request.device.type == "cuda":
         return "float64 is not supported on a GPU"
     if request.needs_grad and request.device.type == "cpu":

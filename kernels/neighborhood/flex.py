@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.utils._python_dispatch import _disable_current_modes
 
 from stvision.kernels.neighborhood.windows import Axis, axis_tables
 
@@ -158,6 +159,12 @@ def _plan(
     )
 
 
+def _kept_plan(axes: tuple[Axis, ...], tile: tuple[int, ...], device: torch.device) -> _Plan:
+    """The plan, which is kept, so it must be built outside of any mode that is on for one call."""
+    with torch.inference_mode(False), torch.device("cpu"), _disable_current_modes():
+        return _plan(axes, tile, tile, str(device))
+
+
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
@@ -175,7 +182,7 @@ def attention(
     """Output and log-sum-exp; ``tile`` is the tile of queries and of keys, 128 tokens or more."""
     grid, heads = query.shape[1:-2], query.shape[-2]
     tile = tile or TILES[len(axes)]
-    plan = _plan(axes, tile, tile, str(query.device))
+    plan = _kept_plan(axes, tile, query.device)
 
     def tiled(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         return x.flatten(1, -3).index_select(1, order.clamp_min(0)).transpose(1, 2)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from stvision.kernels.neighborhood.windows import Axis, decode_axes
 
@@ -19,11 +20,26 @@ def _axes(numbers: tuple[int, ...]) -> tuple[Axis, ...]:
     return decode_axes(numbers)
 
 
-def _own_types(device: str) -> contextlib.AbstractContextManager:
-    """The backends choose their own types: autocast must not round their float32 products."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+def is_autocast(device: str) -> bool:
+    """Whether autocast is on; some devices, such as ``meta``, have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def own_settings(device: str) -> contextlib.AbstractContextManager:
+    """The backends choose their own types and devices.
+
+    Autocast must not round their float32 products, and the tables of windows, which are kept, are
+    built on the CPU whatever the default device.
+    """
+    autocast, modes = is_autocast(device), torch._C._len_torch_function_stack()
+    if not autocast and not modes:
+        return contextlib.nullcontext()
+    settings = contextlib.ExitStack()
+    if autocast:
+        settings.enter_context(torch.autocast(device, enabled=False))
+    if modes:
+        settings.enter_context(torch.device("cpu"))
+    return settings
 
 
 def _module(backend: str) -> Any:
@@ -64,7 +80,7 @@ def _forward(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     options = _options(backend, tile, query.dim() - 3, None)
-    with _own_types(query.device.type):
+    with own_settings(query.device.type):
         return _module(backend).forward(
             query, key, value, rpb, key_mask, _axes(tuple(axes)), scale, **options
         )
@@ -102,7 +118,7 @@ def _backward_now(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     options = _options(backend, tile, query.dim() - 3, deterministic)
-    with _own_types(query.device.type):
+    with own_settings(query.device.type):
         dq, dk, dv, drpb = _module(backend).backward(
             grad_out,
             grad_lse,
@@ -217,13 +233,72 @@ class _Direct(torch.autograd.Function):
         return _gradients(run, saved, ctx.options, grad_out, grad_lse)
 
 
+class _TransformedBackward(torch.autograd.Function):
+    """The operator of the backward, for the transforms of ``torch.func``."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        return neighborhood_attention_backward(*inputs)
+
+    setup_context = staticmethod(_setup_nothing)
+    backward = staticmethod(_no_second_derivative)
+    vmap = staticmethod(_no_vmap)
+
+
+class _Transformed(torch.autograd.Function):
+    """The operator for the transforms of ``torch.func``, which custom operators do not know."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return neighborhood_attention(*inputs)
+
+    setup_context = staticmethod(_setup)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple:
+        run = _TransformedBackward.apply
+        return _gradients(run, ctx.saved_tensors, ctx.options, grad_out, grad_lse)
+
+    vmap = staticmethod(_no_vmap)
+
+
 def _is_plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether nothing watches operators on these tensors: no compiler, transform or mode."""
+    """Whether nothing watches operators on these tensors: no compiler, transform or mode.
+
+    Kernels read memory as it lies, so tensors without any and lazily negated ones are not plain.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors if x is not None)
+    traced = torch._C._get_tracing_state() is not None  # by torch.jit, which would record is_neg
+    for x in tensors:
+        if x is not None:
+            if type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_meta:
+                return False
+            if not traced and x.is_neg():
+                return False
+    return True
+
+
+def _refuse_tangents(*tensors: torch.Tensor | None) -> None:
+    """No kernel carries a tangent along, and none must be dropped in silence.
+
+    Raises:
+        NotImplementedError: a tensor has a forward-mode derivative.
+    """
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "neighborhood attention has no forward-mode derivative (jvp, make_dual); use backward, "
+            "torch.autograd.grad or torch.func.grad"
+        )
+
+
+def _is_differentiating() -> bool:
+    """Whether the innermost transform of ``torch.func`` is one that needs :class:`_Transformed`."""
+    transform = torch._C._functorch.peek_interpreter_stack()
+    kinds = torch._C._functorch.TransformType
+    return transform is not None and transform.key() in (kinds.Grad, kinds.Jvp, kinds.Vmap)
 
 
 def attend(
@@ -240,6 +315,16 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`neighborhood_attention`, past the dispatcher where nothing watches it."""
     inputs = (query, key, value, rpb, key_mask, axes, scale, backend, tile, deterministic)
+    if not torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(query, key, value, rpb)
+        if backend == "triton" and torch._C._get_tracing_state() is not None:
+            raise NotImplementedError(
+                "torch.jit.trace cannot record Triton kernels; use torch.export, or trace with "
+                "backend='blocked'"
+            )
+        if _is_differentiating():
+            return _Transformed.apply(*inputs)
     if not _is_plain(query, key, value, rpb, key_mask):
         return neighborhood_attention(*inputs)
     if torch.is_grad_enabled() and any(

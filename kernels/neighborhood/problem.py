@@ -12,23 +12,28 @@ PerAxisBool = bool | Sequence[bool]
 PerAxisStr = str | Sequence[str]
 Item = TypeVar("Item", int, bool, str)
 
+#: what ``None`` stands for, as in NATTEN
+DEFAULTS: dict[str, int | bool] = {"stride": 1, "dilation": 1, "is_causal": False}
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 AXIS_NAMES = {1: ("length",), 2: ("height", "width"), 3: ("time", "height", "width")}
 
 
-def per_axis(name: str, value: Item | Sequence[Item], rank: int) -> tuple[Item, ...]:
-    """One value for each axis.
+def per_axis(name: str, value: Item | Sequence[Item] | None, rank: int) -> tuple[Item, ...]:
+    """One value for each axis; ``None`` is the default of ``stride``, ``dilation``, ``is_causal``.
 
     Raises:
         ValueError: a sequence has another length than ``rank``.
         TypeError: a value is not of the kind that ``name`` takes.
     """
     kind = {"is_causal": bool, "border": str}.get(name, int)
+    if value is None and name in DEFAULTS:
+        value = DEFAULTS[name]  # type: ignore[assignment]
     if isinstance(value, str | int):
         values: tuple = (value,) * rank
     else:
         try:
-            values = tuple(value)
+            values = tuple(value)  # type: ignore[arg-type]
         except TypeError:
             raise TypeError(f"{name} must be {kind.__name__} or a tuple, not {value!r}") from None
     if len(values) != rank:
@@ -40,6 +45,19 @@ def per_axis(name: str, value: Item | Sequence[Item], rank: int) -> tuple[Item, 
         if isinstance(one, bool) != (kind is bool) or not isinstance(one, kind):
             raise TypeError(f"{name} takes {kind.__name__} values, not {one!r}")
     return values
+
+
+def check_are_tensors(**given: object) -> None:
+    """Every argument is a dense tensor.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name, x in given.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+        if x.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, not one of layout {x.layout}")
 
 
 def check_tensors(
@@ -133,14 +151,19 @@ def check_tensors(
             raise ValueError(f"rpb is on {rpb.device} but query is on {query.device}")
 
 
+def _length(size: int) -> int:
+    """A length as a number, except where torch.export leaves it open; torch.jit has tensors."""
+    return size if isinstance(size, torch.SymInt) else int(size)
+
+
 def build_axes(
     query_grid: Sequence[int],
     key_grid: Sequence[int],
     *,
     kernel_size: PerAxisInt,
-    stride: PerAxisInt = 1,
-    dilation: PerAxisInt = 1,
-    is_causal: PerAxisBool = False,
+    stride: PerAxisInt | None = 1,
+    dilation: PerAxisInt | None = 1,
+    is_causal: PerAxisBool | None = False,
     border: PerAxisStr = "shift",
     pad: bool = False,
     query_map: str | PerAxisInt | None = None,
@@ -156,6 +179,8 @@ def build_axes(
         TypeError: a value of the wrong kind.
     """
     rank = len(key_grid)
+    if not isinstance(pad, bool):
+        raise TypeError(f"pad must be True or False, not {pad!r}")
     windows = per_axis("kernel_size", kernel_size, rank)
     strides = per_axis("stride", stride, rank)
     dilations = per_axis("dilation", dilation, rank)
@@ -174,7 +199,7 @@ def build_axes(
     axes, kept = [], []
     for a in range(rank):
         name = f"axis {a} ({AXIS_NAMES[rank][a]})"
-        queries, keys = int(query_grid[a]), int(key_grid[a])
+        queries, keys = _length(query_grid[a]), _length(key_grid[a])
         k, s, d = windows[a], strides[a], dilations[a]
         if k < 1:
             raise ValueError(f"kernel_size on {name} is {k}; it must be at least 1")

@@ -1,6 +1,8 @@
 """Neighborhood attention against the float64 definition, its identities, and its refusals."""
 
+import inspect
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +10,12 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from support_neighborhood import Problem, check, problems, relative_error
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from stvision.kernels.neighborhood import blocked as blocked_path
 from stvision.kernels.neighborhood import (
+    api,
     choice,
     explain,
     merge,
@@ -20,7 +23,9 @@ from stvision.kernels.neighborhood import (
     na2d,
     na3d,
     neighborhood_attention_generic,
+    ops,
 )
+from stvision.kernels.neighborhood import blocked as blocked_path
 from stvision.kernels.neighborhood import flex as flex_path
 from stvision.kernels.neighborhood import reference as reference_path
 from stvision.kernels.neighborhood.ops import neighborhood_attention
@@ -386,6 +391,19 @@ def test_empty_batch(backend: str) -> None:
     assert q.grad is not None and q.grad.shape == q.shape
 
 
+def test_empty_batch_of_flex() -> None:
+    q, k, v = (x[:0] for x in qkv(5, 6))
+    out, lse = na2d(q, k, v[..., :4], 3, backend="flex", return_lse=True)
+    assert (out.shape, lse.shape) == ((0, 5, 6, 2, 4), q.shape[:-1])
+
+
+def test_flex_is_not_for_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    q, k, v = (x.float() for x in qkv(5, 6))
+    with pytest.raises(ValueError, match=r"'flex' cannot run .* torch\.compile cannot trace"):
+        explain(q, k, v, 3, backend="flex")
+
+
 def test_explain_names_every_backend() -> None:
     q, k, v = qkv(5, 6)
     choice = explain(q, k, v, 3)
@@ -415,6 +433,18 @@ def test_explain_names_every_backend() -> None:
         ({"kernel_size": 3, "rpb": torch.zeros(2, 5, 4)}, ValueError, r"shape \(2, 5, 5\)"),
         ({"kernel_size": 3, "key_mask": torch.ones(2, 5, 6)}, TypeError, "key_mask must be bool"),
         ({"kernel_size": 3, "additional_keys": torch.ones(1)}, ValueError, "given together"),
+        ({"kernel_size": 3, "rpb": [1.0]}, TypeError, "rpb must be a tensor, not list"),
+        ({"kernel_size": 3, "pad": "no"}, TypeError, "pad must be True or False, not 'no'"),
+        ({"kernel_size": 3, "deterministic": "no"}, TypeError, "deterministic must be True"),
+        ({"kernel_size": 3, "deterministic": [1]}, TypeError, "deterministic must be True"),
+        ({"kernel_size": 3, "scale": "x"}, TypeError, "scale must be a number or None, not 'x'"),
+        ({"kernel_size": 3, "q_tile_shape": (0, 4)}, ValueError, r"at least 1, not \(0, 4\)"),
+        ({"kernel_size": (5, 6), "q_tile_shape": (4,)}, ValueError, "has 1 values, but the grid"),
+        (
+            {"kernel_size": 3, "q_tile_shape": 4, "kv_tile_shape": (4, -1)},
+            ValueError,
+            "kv_tile_shape must hold numbers of at least 1",
+        ),
     ],
 )
 def test_bad_arguments_get_one_sentence(options: dict, error: type, words: str) -> None:
@@ -444,6 +474,20 @@ def test_bad_tensors_get_one_sentence() -> None:
         na2d(q, k[:1], v[:1], 3)
     with pytest.raises(ValueError, match="key is on meta but query is on cpu"):
         na2d(q, k.to("meta"), v, 3)
+    with pytest.raises(TypeError, match="query must be a tensor, not ndarray"):
+        na2d(q.numpy(), k, v, 3)
+    with pytest.raises(TypeError, match="key must be a tensor, not NoneType"):
+        na2d(q, None, v, 3)
+    with pytest.raises(TypeError, match="missing 4 required positional arguments: 'query'"):
+        na2d()
+    for function in (explain, neighborhood_attention_generic):
+        with pytest.raises(ValueError, match=r"one to three axes, but has shape \(2, 3\)"):
+            function(torch.zeros(2, 3), k, v, 3)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match=r"key must be float16.*not torch\.int64"),
+    ):
+        na2d(q.float(), k.long(), v, 3)
 
 
 def test_the_way_past_the_dispatcher_is_the_operator() -> None:
@@ -486,6 +530,183 @@ def test_a_remembered_call_is_checked_like_a_new_one() -> None:
         na2d(x, x, x.double(), 3)
     first = na2d(x, x, x, 3, border="valid")
     assert torch.equal(na2d(x, x, x, 3, border="valid"), first) and first.shape[1:3] == (4, 4)
+    with pytest.raises(TypeError, match="query must be a dense tensor, not one of layout"):
+        na2d(x.to_sparse(), x, x, 3, is_causal=False)
+
+
+def test_calls_are_remembered_by_values_not_by_addresses() -> None:
+    """An iterator is written by its address, which the next one may have."""
+    q, k, v = qkv(5, 6)
+    wanted = {size: na2d(q, k, v, size) for size in ((3, 3), (5, 5), (1, 4))}
+    for size in [*wanted] * 4:
+        assert torch.equal(na2d(q, k, v, (n for n in size)), wanted[size])
+
+
+def test_determinism_follows_the_global_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def attend(*inputs):
+        asked.append(inputs[-1])
+        return ops.attend(*inputs)
+
+    monkeypatch.setattr(api, "attend", attend)
+    q, k, v = qkv(5, 6)
+    for switch, options in ((False, {}), (True, {}), (True, {"deterministic": False}), (False, {})):
+        torch.use_deterministic_algorithms(switch)
+        try:
+            na2d(q, k, v, 3, **options)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert asked == [False, True, False, False]
+
+
+def test_signature_is_nattens() -> None:
+    names = [
+        "query",
+        "key",
+        "value",
+        "kernel_size",
+        "stride",
+        "dilation",
+        "is_causal",
+        "scale",
+        "additional_keys",
+        "additional_values",
+        "attention_kwargs",
+        "backend",
+        "q_tile_shape",
+        "kv_tile_shape",
+        "backward_q_tile_shape",
+        "backward_kv_tile_shape",
+        "backward_kv_splits",
+        "backward_use_pt_reduction",
+        "run_persistent_kernel",
+        "kernel_schedule",
+        "torch_compile",
+        "return_lse",
+    ]
+    given = {
+        "stride": 1, "dilation": 1, "is_causal": False, "backward_use_pt_reduction": False,
+        "run_persistent_kernel": True, "torch_compile": False, "return_lse": False,
+    }  # fmt: skip
+    for function in (na1d, na2d, na3d, neighborhood_attention_generic):
+        parameters = inspect.signature(function).parameters.values()
+        found = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert [p.name for p in found] == names
+        assert all(p.default is p.empty for p in found[:4])
+        assert all(p.default == given.get(p.name) for p in found[4:])
+    q, k, v = qkv(5, 6)
+    assert torch.equal(na2d(q, k, v, 3, None, None, None), na2d(q, k, v, 3))
+
+
+@pytest.mark.parametrize("leaf", [False, True])
+def test_forward_mode_is_refused(leaf: bool) -> None:
+    q, k, v = qkv(4, 5)
+    v.requires_grad_(leaf)
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="no forward-mode derivative"),
+    ):
+        na2d(q, forward_ad.make_dual(k, k), v, 3)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: na2d(x, k, v, 3), (q,), (q,))
+    with forward_ad.dual_level():  # nothing to carry along
+        assert torch.equal(na2d(q, k, v, 3), na2d(q, k, v, 3, backend="blocked"))
+
+
+def test_gradients_of_functions_are_the_gradients() -> None:
+    q, k, v = qkv(4, 5)
+    rpb, more = draw(2, 5, 5, seed=3), draw(2, 3, 2, 8, seed=4)
+
+    def loss(q, k, v, rpb, more):
+        tokens = {"additional_keys": more, "additional_values": more}
+        out, lse = na2d(q, k, v, 3, rpb=rpb, return_lse=True, **tokens)
+        return out.square().sum() + lse.sin().sum()
+
+    inputs = [x.requires_grad_() for x in (q, k, v, rpb, more)]
+    wanted = torch.autograd.grad(loss(*inputs), inputs)
+    found = torch.func.grad(loss, (0, 1, 2, 3, 4))(*(x.detach() for x in inputs))
+    for one, two in zip(found, wanted, strict=True):
+        assert relative_error(one, two) < 1e-12
+    q, k, v = (x.detach() for x in (q, k, v))
+    first = torch.func.grad(lambda x: na2d(x, k, v, 3).square().sum())
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.func.grad(lambda x: first(x).sum())(q)
+    with pytest.raises(NotImplementedError, match="batch axis"):
+        torch.func.vmap(first)(q[None])
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference", "flex"])
+def test_tables_do_not_follow_the_default_device(backend: str) -> None:
+    """They are kept, so a call under other settings must not spoil them."""
+    q, k, v = (x.float() for x in qkv(23, 19))
+    with torch.device("meta"), torch.inference_mode():
+        found = na2d(q, k, v, 3, dilation=(1, 2), backend=backend)
+    for x in (q, k, v):
+        x.requires_grad_(backend != "flex")
+    again = na2d(q, k, v, 3, dilation=(1, 2), backend=backend)
+    assert found.device == q.device and torch.equal(found, again)
+    if backend != "flex":
+        with torch.device("meta"):
+            again.sum().backward()
+        assert q.grad is not None and q.grad.device == q.device
+    with torch.inference_mode():
+        plan = flex_path._kept_plan(build_axes((23,), (23,), kernel_size=3)[0], (4,), q.device)
+    assert not plan.back.is_inference()
+
+
+def test_export_leaves_the_grid_open() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return na2d(q, k, v, 3, dilation=(1, 2))
+
+    height = {1: torch.export.Dim("height", min=4, max=64)}
+    inputs = tuple(x.float() for x in qkv(6, 7))
+    for strict in (False, True):
+        program = torch.export.export(
+            Layer(), inputs, dynamic_shapes=(height, height, height), strict=strict
+        )
+        taller = [x.float() for x in qkv(11, 7)]
+        assert torch.equal(program.module()(*taller), Layer()(*taller))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_jit_records_what_it_can() -> None:
+    inputs = [x.float() for x in qkv(4, 5)]
+    traced = torch.jit.trace(lambda q, k, v: na2d(q, k, v, 3), inputs, check_trace=False)
+    others = [x + 1 for x in inputs]
+    assert relative_error(traced(*others), na2d(*others, 3).double()) < 1e-6
+    axes = [n for axis in build_axes((4, 5), (4, 5), kernel_size=3)[0] for n in axis.encode()]
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace cannot record"):
+        torch.jit.trace(
+            lambda q, k, v: ops.attend(q, k, v, None, None, axes, 0.3, "triton", [], False), inputs
+        )
+
+
+@pytest.mark.parametrize("backend", [None, "blocked", "reference"])
+def test_tensors_without_memory_give_shapes(backend: str | None) -> None:
+    q, k, v = (x.to("meta").requires_grad_() for x in qkv(5, 6))
+    out, lse = na2d(q, k, v[..., :4], 3, backend=backend, return_lse=True)
+    assert (out.device.type, out.shape, lse.shape) == ("meta", (2, 5, 6, 2, 4), (2, 5, 6, 2))
+    out.sum().backward()
+    assert q.grad is not None and q.grad.shape == q.shape
+
+
+def test_lazily_negated_tensors_take_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory holds their negative; only the dispatcher hands kernels the values."""
+    q, k, v = qkv(5, 6)
+    lazy = torch.complex(q, -q).conj().imag
+    assert lazy.is_neg() and torch.equal(lazy, q)
+    seen = []
+
+    def forward(query, *rest, **options):
+        seen.append(query.is_neg())
+        return blocked_path.forward(query, *rest, **options)
+
+    part = SimpleNamespace(forward=forward, backward=blocked_path.backward)
+    monkeypatch.setattr(ops, "_module", lambda backend: part)
+    assert torch.equal(na2d(lazy, k, v, 3), na2d(q, k, v, 3))
+    assert seen == [False, False]
 
 
 @pytest.mark.parametrize(
