@@ -277,9 +277,11 @@ class SelectiveS4(nn.Module):
     def tokenize(self, x: Tensor) -> Tensor:
         """Images or clips to tokens (B, L, C) with their positions added."""
         rank = 4 if self.frames is None else 5
-        if x.ndim != rank or x.shape[1] != self.in_chans:
+        if x.ndim != rank or x.shape[1] != self.in_chans or 0 in x.shape[2:]:
             axes = "H, W" if self.frames is None else "T, H, W"
-            raise ValueError(f"x must be (B, {self.in_chans}, {axes}), got {tuple(x.shape)}")
+            raise ValueError(
+                f"x must be (B, {self.in_chans}, {axes}), none of them 0, got {tuple(x.shape)}"
+            )
         x = x.unsqueeze(2) if self.frames is None else x
         grid = per_frame(self.patch_embed, x.permute(0, 2, 3, 4, 1))
         return (grid + grid_positions(grid.shape[1:4], self.dim, grid)).flatten(1, 3)
@@ -397,6 +399,9 @@ def info_nce(query: Tensor, key: Tensor, temperature: float = 0.07) -> Tensor:
         key: (B, D), row i belongs to query i.
         temperature: what cosines are divided by, above 0.
 
+    Returns:
+        A number in at least float32, also under autocast.
+
     Raises:
         ValueError: shapes that differ, or a temperature that is not above 0.
     """
@@ -406,8 +411,12 @@ def info_nce(query: Tensor, key: Tensor, temperature: float = 0.07) -> Tensor:
         )
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    cosines = F.normalize(query.float(), dim=1) @ F.normalize(key.float(), dim=1).mT
-    return F.cross_entropy(cosines / temperature, torch.arange(len(query), device=query.device))
+    # at such temperatures half precision would tell cosines apart in steps of several percent
+    with torch.autocast(query.device.type, enabled=False):
+        wide = torch.promote_types(query.dtype, torch.float32)
+        cosines = F.normalize(query.to(wide), dim=1) @ F.normalize(key.to(wide), dim=1).mT
+        own = torch.arange(len(query), device=query.device)
+        return F.cross_entropy(cosines / temperature, own)
 
 
 class _Encoder(nn.Module):

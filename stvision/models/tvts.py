@@ -489,14 +489,13 @@ def alignment_loss(video: Tensor, text: Tensor, temperature: float = 0.05) -> Te
         temperature: what cosines are divided by, above 0.
 
     Returns:
-        A number in float32, also under autocast: at this temperature half precision tells cosines
-        apart in steps of several percent.
+        A number in at least float32, also under autocast: at this temperature half precision tells
+        cosines apart in steps of several percent.
 
     Raises:
         ValueError: shapes that differ, or a temperature that is not above 0.
     """
-    with torch.autocast(video.device.type, enabled=False):
-        return info_nce(video, text, temperature) + info_nce(text, video, temperature)
+    return info_nce(video, text, temperature) + info_nce(text, video, temperature)
 
 
 def gather_rows(x: Tensor) -> Tensor:

@@ -139,17 +139,34 @@ def test_gathering_is_masking_with_the_dropped_removed() -> None:
 
 @pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("selection", ["exact", "ratio"])
-def test_gradient_reaches_the_mask_generator_only_through_kept_odds(
+def test_gradient_of_the_scores_and_of_the_ratio_reaches_the_mask_generator(
     selection: str, gather: bool
 ) -> None:
-    model = small(selection=selection, gather=gather).train()
+    model = small(selection=selection, gather=gather, keep_ratio=0.3).train()
     logits, chosen = model.forward_tokens(model.tokenize(clip()))
-    (logits.square().sum() + model.selection_loss(chosen)).backward()
-    for p in model.mask_generator.parameters():
-        assert p.grad is not None and p.grad.abs().max() > 0
+    losses = [logits.square().sum()]
+    if selection == "ratio":  # of an exact number it is constant
+        losses.append(model.selection_loss(chosen))
+    weights = list(model.mask_generator.parameters())
+    for loss in losses:  # each by itself
+        for grad in torch.autograd.grad(loss, weights, retain_graph=True):
+            assert grad.abs().max() > 0
+    sum(losses).backward()
     assert not list(model.guide.parameters())  # buffers, which a checkpoint holds
     assert all(x.grad is None for x in model.guide.state_dict(keep_vars=True).values())
     assert all(p.grad is not None for name, p in model.named_parameters() if "guide" not in name)
+
+
+def test_gathering_gives_kept_odds_their_gradient_and_dropped_ones_none() -> None:
+    x, weight = torch.randn(2, 3, 9, 5, dtype=torch.float64)
+    logits = torch.randn(3, 9, 2, dtype=torch.float64, requires_grad=True)
+    selection = select_exact(logits, 4)
+    at = selection.kept[..., None].expand(-1, -1, 5)
+    (got,) = torch.autograd.grad((gather_tokens(x, selection) * weight.gather(1, at)).sum(), logits)
+    share = (logits[..., 0] - logits[..., 1]).sigmoid().detach()
+    slope = share * (1 - share) * (x * weight).sum(-1)
+    wanted = torch.zeros_like(slope).scatter(1, selection.kept, slope.gather(1, selection.kept))
+    assert (got - torch.stack([wanted, -wanted], -1)).abs().max() < 1e-14
 
 
 def test_straight_through_gradient_is_that_of_the_probability() -> None:
@@ -223,6 +240,33 @@ def test_identical_views_of_one_video_cost_nothing() -> None:
     assert float(info_nce(x, x, 0.01)) < 1e-6
     wanted = -torch.log(torch.tensor(math.e / (math.e + 3)))
     assert float(info_nce(x, x, 1.0)) == pytest.approx(float(wanted))
+
+
+def test_contrast_is_computed_in_float32_at_least() -> None:
+    g = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 6, 8, generator=g, dtype=torch.float64)
+    cosines = torch.nn.functional.cosine_similarity(query[:, None], key[None], dim=2) / 0.07
+    wanted = torch.nn.functional.cross_entropy(cosines, torch.arange(6))
+    assert abs(info_nce(query, key) - wanted) < 1e-12
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = info_nce(query.float(), key.float())
+    assert mixed.dtype == torch.float32 and abs(mixed - wanted) < 1e-5
+    pair = (query.requires_grad_(), key.requires_grad_())
+    assert torch.autograd.gradcheck(info_nce, pair, fast_mode=True)
+
+
+def test_the_encoder_of_long_clips_drops_no_channel() -> None:
+    torch.manual_seed(0)
+    contrast = LongShortContrast(small(torch.float32, dropout=0.5), mask_ratio=0.0).train()
+    said: dict[str, list[Tensor]] = {"query": [], "key": []}
+    for name in said:
+        module = contrast.get_submodule(name)
+        module.register_forward_hook(lambda *x, at=name: said[at].append(x[2]))
+    short, long = torch.randn(3, 8, 16), torch.randn(3, 18, 16)
+    for _ in range(2):
+        contrast(short, long)
+    assert torch.equal(*said["key"]) and not torch.equal(*said["query"])
+    assert contrast.key.training
 
 
 def test_contrast_trains_only_the_query_and_then_guides() -> None:
@@ -318,6 +362,7 @@ def test_bad_input() -> None:
     model, logits = small(), torch.zeros(2, 5, 2)
     calls = [
         (lambda: model(clip()[:, :2]), r"x must be \(B, 3, T, H, W\)"),
+        (lambda: model(clip()[:, :, :0]), r"x must be .* none of them 0, got \(\d, 3, 0, "),
         (lambda: model.forward_tokens(torch.zeros(2, 4, 8)), r"tokens must be \(B, L, 16\)"),
         (lambda: select_exact(logits, 6), "keep must be 1 to 5 tokens, got 6"),
         (lambda: select_exact(logits[..., 0], 1), r"logits must be \(B, L, 2\)"),
