@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvision.attention.dispatch import dispatch_attention
+from stvision.attention.volume import check_volume
 from stvision.attention.windows import WindowLayout
 
 
@@ -56,10 +57,6 @@ class _Projected(nn.Module):
         """No order of a (T, H, W) grid's tokens saves this attention its own."""
         return
 
-    def _check(self, x: Tensor) -> None:
-        if x.ndim != 5 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must be (B, T, H, W, {self.dim}), got {tuple(x.shape)}")
-
 
 class ChannelGroupAttention(_Projected):
     """Channel attention over the tokens of each frame, or of the whole clip.
@@ -90,7 +87,7 @@ class ChannelGroupAttention(_Projected):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, H, W, C) to the same shape; ValueError for another shape."""
-        self._check(x)
+        check_volume(x, self.dim)
         frames = x.shape[1] if self.over_time else 1
         tokens = x.flatten(1, 3) if self.over_time else x.flatten(2, 3)
         count = tokens.shape[-2]
@@ -130,7 +127,7 @@ class SpatialWindowAttention(_Projected):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, H, W, C) to the same shape; ValueError for another shape."""
-        self._check(x)
+        check_volume(x, self.dim)
         b, t, h, w, _ = x.shape
         s = self.window_size
         pad = (0, 0, 0, -w % s, 0, -h % s)

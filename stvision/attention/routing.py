@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stvision.attention.volume import check_volume
 from stvision.layers.vision import DepthwiseConv
 
 #: elements of the largest tensor that the path "blocked" makes at once: scores, and copies of keys
@@ -490,8 +491,9 @@ def bilevel_routing_attention(
             keys behind H and W take part, as in the authors' second layer (behind T never).
         implementation: ``"flex"`` (FlexAttention with a block mask; compiled on a GPU, without
             gradients on the CPU), ``"blocked"`` (any device: copies of keys and values for
-            few regions at a time on the CPU, of one region for each elsewhere), or ``"gather"`` (the definition, ``topk`` copies). ``None`` takes the first
-            that fits, of the first two, and ``"blocked"`` on the CPU.
+            few regions at a time on the CPU, of one region for each elsewhere), or ``"gather"``
+            (the definition, ``topk`` copies). ``None`` takes ``"flex"`` on a GPU where it fits,
+            else ``"blocked"``.
 
     Returns:
         (B, T, H, W, heads, head_dim) in the dtype of ``query``. Gradients flow to queries, keys
@@ -601,8 +603,7 @@ class BiLevelRoutingAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, H, W, C) to the same shape; ValueError for another shape."""
-        if x.ndim != 5 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must be (B, T, H, W, {self.dim}), got {tuple(x.shape)}")
+        check_volume(x, self.dim)
         frames, height, width = x.shape[1:4]
         if self.flavour == "legacy":
             x = F.pad(x, (0, 0, 0, -width % self.n_win, 0, -height % self.n_win))

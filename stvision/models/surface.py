@@ -166,9 +166,11 @@ class Backbone(nn.Module):
     def _grid(self, x: Tensor) -> Tensor:
         """Checked input to (B, T, H, W, in_chans)."""
         rank = 4 if self.frames is None else 5
-        if x.ndim != rank or x.shape[1] != self.in_chans:
+        if x.ndim != rank or x.shape[1] != self.in_chans or 0 in x.shape[2:]:
             axes = "H, W" if self.frames is None else "T, H, W"
-            raise ValueError(f"x must be (B, {self.in_chans}, {axes}), got {tuple(x.shape)}")
+            raise ValueError(
+                f"x must be (B, {self.in_chans}, {axes}), none of them 0, got {tuple(x.shape)}"
+            )
         x = x if self.frames is not None else x.unsqueeze(2)
         return x.permute(0, 2, 3, 4, 1)
 

@@ -69,5 +69,7 @@ def test_gradients_compile_and_bad_input(cls: type) -> None:
     torch.testing.assert_close(torch.compile(m, fullgraph=True, backend="eager")(x), m(x))
     with pytest.raises(ValueError, match="x must be"):
         m(x[0])
+    with pytest.raises(ValueError, match=r"x must be \(B, T, H, W, 4\) with at least one frame"):
+        m(x[:, :0])
     with pytest.raises(ValueError, match="num_heads"):
         cls(4, 3)

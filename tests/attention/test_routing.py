@@ -345,6 +345,8 @@ def test_bad_shapes_and_modules_are_named() -> None:
             BiLevelRoutingAttention(8, **({"num_heads": 2} | options))
     with pytest.raises(ValueError, match=r"x must be \(B, T, H, W, 8\)"):
         BiLevelRoutingAttention(8, 2)(torch.zeros(1, 4, 4, 8))
+    with pytest.raises(ValueError, match="with at least one frame, row and column, got"):
+        BiLevelRoutingAttention(8, 2)(torch.zeros(1, 0, 4, 4, 8))
 
 
 @pytest.mark.gpu

@@ -119,6 +119,8 @@ def test_intermediates_features_and_head_agree(name: str, frames: int | None) ->
         model(x[:, :2])
     with pytest.raises(ValueError, match=r"x must be \(B, 3, "):
         model(x[..., 0])
+    with pytest.raises(ValueError, match=r"x must be \(B, 3, .* none of them 0, got"):
+        model(x[..., :0])
 
 
 @pytest.mark.parametrize(("name", "frames"), KINDS)

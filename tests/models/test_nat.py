@@ -280,7 +280,7 @@ def test_sizes_are_the_published_ones(name: str, millions: int) -> None:
 def test_bad_input_gets_one_sentence() -> None:
     with pytest.raises(ValueError, match="dilation for each block"):
         small(dilations=[[1], [1, 1]])
-    with pytest.raises(ValueError, match=r"x must be \(B, 3, T, H, W\), got"):
+    with pytest.raises(ValueError, match=r"x must be \(B, 3, T, H, W\), none of them 0, got"):
         small(frame_kernel=3)(images())
     with pytest.raises(ValueError, match="frame_kernel must be None .* or at least 1, got 0"):
         small(frame_kernel=0)
