@@ -276,12 +276,12 @@ def _attend(
     tile: tuple[int, ...],
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if backend == "flex" and query.shape[0]:
+    if backend == "flex" and not query.shape[0]:
+        backend = "reference"  # FlexAttention fails on an empty batch
+    if backend == "flex":
         from stvision.kernels.neighborhood import flex
 
         return flex.attention(query, key, value, key_mask, axes, scale, tile[: len(axes)] or None)
-    if backend == "flex":  # FlexAttention fails on an empty batch
-        backend = "reference"
     return attend(
         query, key, value, rpb, key_mask, _encoded(axes), scale, backend, list(tile), deterministic
     )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from support_neighborhood import Problem, check, problems, relative_error
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -668,6 +669,8 @@ def test_export_leaves_the_grid_open() -> None:
         )
         taller = [x.float() for x in qkv(11, 7)]
         assert torch.equal(program.module()(*taller), Layer()(*taller))
+    graph = make_fx(Layer(), tracing_mode="symbolic")(*inputs)
+    assert torch.equal(graph(*taller), Layer()(*taller))
 
 
 @pytest.mark.filterwarnings("ignore")
