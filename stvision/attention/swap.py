@@ -5,7 +5,7 @@ code was released; this follows the equations. Each branch queries the other ins
 3-D windows, and from block to block the roles are swapped.
 """
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,22 @@ Branch = Literal["temporal", "spatial"]
 Window3D = tuple[int | None, int, int]
 
 
+def _check_shift(shift: tuple[int, int, int], window: Window3D) -> None:
+    limits = [1 if extent is None else extent for extent in window]
+    if len(shift) != 3 or any(not 0 <= n < m for n, m in zip(shift, limits, strict=False)):
+        raise ValueError(
+            "shift must be frames, rows and columns of at least 0 and below the window's "
+            f"{tuple(window)} (0 where it has all frames), got {tuple(shift)}"
+        )
+
+
 def windowed_cross_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     window: Window3D,
     *,
+    shift: tuple[int, int, int] = (0, 0, 0),
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -40,6 +50,10 @@ def windowed_cross_attention(
         value: like ``key``.
         window: frames, rows and columns; None for all frames. Larger than the volume means all of
             it.
+        shift: frames, rows and columns by which the windows are moved, below those of a window
+            (0 for all frames). What lies before the first whole window is a smaller one, as in a
+            cyclic shift whose ends are masked from each other; an axis that one window covers is
+            not shifted.
         scale: default head_dim ** -0.5.
         backend: see :func:`stvision.attention.dispatch.dispatch_attention`.
 
@@ -47,20 +61,24 @@ def windowed_cross_attention(
         (B, T, H, W, heads, head_dim).
 
     Raises:
-        ValueError: shapes differ or are not six-dimensional, or a window below 1.
+        ValueError: shapes differ or are not six-dimensional, a window below 1, or a shift that is
+            not below it.
     """
     extent, rows, columns = window
     if extent is not None and extent < 1:
         raise ValueError(f"window must be at least 1 in frames, rows and columns, got {window}")
+    if min(rows, columns) >= 1:  # else window_attention says so
+        _check_shift(shift, window)
     space = (rows, columns)
+    options: dict[str, Any] = {"shift": shift[1:], "scale": scale, "backend": backend}
     if extent is None or query.ndim != 6 or extent >= query.shape[1]:
-        return window_attention(query, key, value, space, scale=scale, backend=backend)
+        return window_attention(query, key, value, space, **options)
     batch, frames = query.shape[:2]
     parts = []
-    for part, length in whole_and_rest(frames, extent):
+    for part, length in whole_and_rest(frames, extent, shift[0]):
         # spans of frames into the batch
         q, k, v = (x[:, part].unflatten(1, (-1, length)).flatten(0, 1) for x in (query, key, value))
-        out = window_attention(q, k, v, space, scale=scale, backend=backend)
+        out = window_attention(q, k, v, space, **options)
         parts.append(out.unflatten(0, (batch, -1)).flatten(1, 2))
     return torch.cat(parts, dim=1)
 
@@ -72,6 +90,7 @@ class WindowCrossAttention(AttentionProjections):
         dim: channels C.
         heads: attention heads; must divide ``dim``.
         window: frames, rows and columns of a window; None for all frames.
+        shift: see :func:`windowed_cross_attention`.
         backend: attention backend by name.
     """
 
@@ -81,6 +100,7 @@ class WindowCrossAttention(AttentionProjections):
         heads: int,
         *,
         window: Window3D = (None, 8, 8),
+        shift: tuple[int, int, int] = (0, 0, 0),
         backend: str | None = None,
     ) -> None:
         super().__init__(dim, heads, backend=backend)
@@ -91,6 +111,8 @@ class WindowCrossAttention(AttentionProjections):
                 f"{tuple(window)}"
             )
         self.window = cast(Window3D, size)
+        _check_shift(shift, self.window)
+        self.shift = cast(tuple[int, int, int], tuple(shift))
 
     def forward(self, query: Tensor, context: Tensor) -> Tensor:
         """Attend from ``query`` to ``context``, both (B, T, H, W, C)."""
@@ -98,7 +120,7 @@ class WindowCrossAttention(AttentionProjections):
             self.split_heads(to(x))
             for to, x in ((self.to_q, query), (self.to_k, context), (self.to_v, context))
         )
-        out = windowed_cross_attention(q, k, v, self.window, backend=self.backend)
+        out = windowed_cross_attention(q, k, v, self.window, shift=self.shift, backend=self.backend)
         return self.to_out[0](out.flatten(-2))
 
 
@@ -109,6 +131,7 @@ class SwapBlock(nn.Module):
         dim: channels C.
         heads: attention heads.
         window: see :class:`WindowCrossAttention`.
+        shift: see :func:`windowed_cross_attention`.
         ff_mult: width of the gated feed-forward over C.
         backend: attention backend by name.
     """
@@ -119,13 +142,14 @@ class SwapBlock(nn.Module):
         heads: int,
         *,
         window: Window3D = (None, 8, 8),
+        shift: tuple[int, int, int] = (0, 0, 0),
         ff_mult: int = 4,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self.norm_q = nn.LayerNorm(dim)
         self.norm_kv = nn.LayerNorm(dim)
-        self.attn = WindowCrossAttention(dim, heads, window=window, backend=backend)
+        self.attn = WindowCrossAttention(dim, heads, window=window, shift=shift, backend=backend)
         self.norm_ff = nn.LayerNorm(dim)
         self.ff = GatedFeedForward(dim, ff_mult)
 
@@ -160,6 +184,8 @@ class SwapAttention(nn.Module):
         heads: attention heads; must divide ``dim``.
         window: frames, rows and columns of a window; None for all frames. The paper's sizes are not
             known.
+        shift: frames, rows and columns by which the windows are moved, see
+            :func:`windowed_cross_attention`; whether the paper shifts is not known.
         query: the branch that asks, "temporal" or "spatial".
         ff_mult: width of the gated feed-forward over C.
         norm_num_groups: groups of the group norms; must divide ``dim``.
@@ -175,6 +201,7 @@ class SwapAttention(nn.Module):
         heads: int,
         *,
         window: Window3D = (None, 8, 8),
+        shift: tuple[int, int, int] = (0, 0, 0),
         query: Branch = "temporal",
         ff_mult: int = 4,
         norm_num_groups: int = 32,
@@ -190,7 +217,9 @@ class SwapAttention(nn.Module):
         self.norm_kv = nn.GroupNorm(norm_num_groups, dim, eps=1e-6)
         self.proj_q = nn.Linear(dim, dim)
         self.proj_kv = nn.Linear(dim, dim)
-        self.block = SwapBlock(dim, heads, window=window, ff_mult=ff_mult, backend=backend)
+        self.block = SwapBlock(
+            dim, heads, window=window, shift=shift, ff_mult=ff_mult, backend=backend
+        )
         self.proj_out = nn.Linear(dim, dim)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)

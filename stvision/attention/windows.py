@@ -56,10 +56,18 @@ class WindowLayout:
         return self.unpack_view(packed).reshape(-1, *self.grid, packed.shape[-1])
 
 
-def whole_and_rest(size: int, window: int) -> list[tuple[slice, int]]:
-    """The part of an axis covered by whole windows, and the rest, each with its window."""
-    covered = size // window * window
-    pieces = [(slice(0, covered), window), (slice(covered, size), size - covered)]
+def whole_and_rest(size: int, window: int, shift: int = 0) -> list[tuple[slice, int]]:
+    """The part of an axis covered by whole windows, and the rests, each with its window.
+
+    The first whole window begins at ``shift``; an axis that one window covers is not shifted.
+    """
+    first = shift if window < size else 0
+    covered = first + (size - first) // window * window
+    pieces = [
+        (slice(0, first), first),
+        (slice(first, covered), window),
+        (slice(covered, size), size - covered),
+    ]
     return [(part, extent) for part, extent in pieces if part.stop > part.start]
 
 
@@ -69,6 +77,7 @@ def window_attention(
     value: Tensor,
     window: tuple[int, int],
     *,
+    shift: tuple[int, int] = (0, 0),
     is_causal: bool = False,
     scale: float | None = None,
     backend: str | None = None,
@@ -83,6 +92,8 @@ def window_attention(
         key: like ``query``.
         value: like ``query``.
         window: rows and columns; larger than the map means the whole map.
+        shift: rows and columns by which the windows are moved, below those of a window; what lies
+            before the first whole window is a smaller one.
         is_causal: a token sees itself and what comes before it in its window in (frame, row,
             column) order.
         scale: default head_dim ** -0.5.
@@ -92,7 +103,8 @@ def window_attention(
         (B, T, H, W, heads, head_dim).
 
     Raises:
-        ValueError: shapes differ or are not six-dimensional, or a window below 1.
+        ValueError: shapes differ or are not six-dimensional, a window below 1, or a shift that is
+            not below it.
     """
     if query.ndim != 6 or query.shape != key.shape or key.shape != value.shape:
         raise ValueError(
@@ -101,12 +113,14 @@ def window_attention(
         )
     if min(window) < 1:
         raise ValueError(f"window must be at least 1 in rows and columns, got {window}")
+    if any(not 0 <= move < extent for move, extent in zip(shift, window, strict=True)):
+        raise ValueError(f"shift must be at least 0 and below the window {window}, got {shift}")
     frames, height, width = query.shape[1:4]
     heads = query.shape[4:]
     strips = []
-    for rows, row_extent in whole_and_rest(height, window[0]):
+    for rows, row_extent in whole_and_rest(height, window[0], shift[0]):
         parts = []
-        for columns, column_extent in whole_and_rest(width, window[1]):
+        for columns, column_extent in whole_and_rest(width, window[1], shift[1]):
             grid = (frames, rows.stop - rows.start, columns.stop - columns.start)
             layout = WindowLayout(grid, (row_extent, column_extent))
             packed = (

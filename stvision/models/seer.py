@@ -73,8 +73,8 @@ class SeerUNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin): 
             temporal branch joined by swapped cross-attention
             (:class:`stvision.models.swap.SwapTransformer`); the asking branch alternates from one
             to the next in order of evaluation.
-        temporal_kwargs: options of "swap": ``window``, ``ff_mult``, ``kernel_size``, ``causal``,
-            ``rotary_dim``.
+        temporal_kwargs: options of "swap": ``window``, ``shift``, ``ff_mult``, ``kernel_size``,
+            ``causal``, ``rotary_dim``.
     """
 
     config: Any
@@ -488,7 +488,7 @@ def _check_temporal(
             "attention and attention_kwargs choose the mechanism of temporal='transformer'; "
             "give temporal_kwargs with temporal='swap'"
         )
-    allowed = {"window", "ff_mult", "kernel_size", "causal", "rotary_dim"}
+    allowed = {"window", "shift", "ff_mult", "kernel_size", "causal", "rotary_dim"}
     unknown = sorted(set(options or {}) - allowed)
     if unknown:
         raise ValueError(

@@ -76,6 +76,8 @@ class SwapTransformer(nn.Module):
         num_layers: pairs of a temporal branch and a Swap-CA.
         first_query: branch that asks in the first Swap-CA.
         window: frames, rows and columns of Swap-CA's windows; None for all frames.
+        shift: frames, rows and columns by which the windows of every second Swap-CA are moved,
+            those that ask from the spatial branch.
         ff_mult: width of Swap-CA's feed-forward over C.
         kernel_size: frames of the temporal convolution.
         causal: the temporal branch's attention sees no later frame. Its convolution and Swap-CA
@@ -92,6 +94,7 @@ class SwapTransformer(nn.Module):
         num_layers: int = 1,
         first_query: Branch = "temporal",
         window: Window3D = (None, 8, 8),
+        shift: tuple[int, int, int] = (0, 0, 0),
         ff_mult: int = 4,
         kernel_size: int = 3,
         causal: bool = False,
@@ -110,16 +113,18 @@ class SwapTransformer(nn.Module):
             )
             for _ in range(num_layers)
         )
+        queries = [asking(index + (first_query == "spatial")) for index in range(num_layers)]
         self.swaps = nn.ModuleList(
             SwapAttention(
                 dim,
                 heads,
                 window=window,
-                query=asking(index + (first_query == "spatial")),
+                shift=shift if query == "spatial" else (0, 0, 0),
+                query=query,
                 ff_mult=ff_mult,
                 norm_num_groups=norm_num_groups,
             )
-            for index in range(num_layers)
+            for query in queries
         )
 
     def forward(

@@ -84,6 +84,36 @@ def test_windows_and_their_gradients_are_those_of_padding_and_masking(window):
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.parametrize(
+    ("window", "shift"),
+    [
+        ((3, 4, 2), (1, 2, 1)),
+        ((2, 5, 3), (1, 3, 0)),
+        ((None, 4, 4), (0, 1, 3)),
+        ((4, 2, 5), (3, 1, 4)),  # frames and columns are one window: not shifted
+    ],
+)
+def test_shifted_windows_are_masked_pairs(window, shift):
+    """A token sees those in its cell of a raster that begins at the shift."""
+    cells = []
+    for size, extent, move in zip(SHAPE[1:], window, shift, strict=True):
+        whole = extent is None or extent >= size
+        cells.append(torch.arange(size) * 0 if whole else (torch.arange(size) - move) // extent)
+    t, y, x = torch.meshgrid(*cells, indexing="ij")
+    name = (t * 100 + y * 10 + x).flatten()
+    q, k, v = volumes(3, *SHAPE, 2, 8)
+    flat = [z.flatten(1, 3).transpose(1, 2) for z in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*flat, attn_mask=name[:, None] == name)
+    found = windowed_cross_attention(q, k, v, window, shift=shift)
+    torch.testing.assert_close(found, expected.transpose(1, 2).view(q.shape))
+    torch.manual_seed(0)
+    moved = shaken(SwapAttention(8, 2, window=window, shift=shift, norm_num_groups=4)).double()
+    still = SwapAttention(8, 2, window=window, norm_num_groups=4).double()
+    still.load_state_dict(moved.state_dict())
+    z_s, z_t = volumes(2, *SHAPE, 8)
+    assert (moved(z_s, z_t) - still(z_s, z_t)).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("window", [(None, 3, 5), (2, 4, 2)])
 def test_a_changed_token_matters_in_its_window_only(window):
     module = shaken(SwapAttention(8, 2, window=window, norm_num_groups=4)).double()
@@ -258,6 +288,9 @@ def test_frame_convolution_is_the_library_one():
         ({"window": (None, 0, 8)}, "window must be frames"),
         ({"window": (4, None, 8)}, "window must be frames"),
         ({"heads": 3}, "heads must divide dim"),
+        ({"shift": (0, 8, 0)}, r"below the window's \(None, 8, 8\) .*, got \(0, 8, 0\)"),
+        ({"shift": (1, 4, 4)}, "shift must be frames, rows and columns"),
+        ({"shift": (4, 4)}, "shift must be frames, rows and columns"),
         ({"ff_mult": 0}, "mult must be at least 1"),
         ({"norm_num_groups": 3}, "norm_num_groups must divide dim 8, got 3"),
     ],

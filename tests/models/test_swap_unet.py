@@ -98,7 +98,8 @@ def test_a_fresh_module_is_the_identity_and_neither_part_doubles_it():
 @torch.no_grad()
 def test_the_module_is_the_sum_of_its_branches_and_their_exchange():
     torch.manual_seed(0)
-    module = shaken(SwapTransformer(16, 2, num_layers=2, window=(2, 4, 4), norm_num_groups=4))
+    windows = {"window": (2, 4, 4), "shift": [1, 2, 1]}
+    module = shaken(SwapTransformer(16, 2, num_layers=2, norm_num_groups=4, **windows))
     x = torch.randn(6, 16, 6, 5)
     y = x
     for number in range(2):
@@ -106,6 +107,7 @@ def test_the_module_is_the_sum_of_its_branches_and_their_exchange():
         z_t = module.branches[number](y, 3, 1)
         y = module.swaps[number](z_s, z_t, 1).permute(0, 1, 4, 2, 3).flatten(0, 1)
     assert [swap.query for swap in module.swaps] == ["temporal", "spatial"]
+    assert [swap.block.attn.shift for swap in module.swaps] == [(0, 0, 0), (1, 2, 1)]
     torch.testing.assert_close(module(x, 3, 1), y, rtol=1e-5, atol=1e-5)
 
 
