@@ -378,6 +378,28 @@ def test_bad_input() -> None:
             call()
 
 
+def test_gradients_of_the_pyramid_are_those_of_differences() -> None:
+    model, x = small(keep_ratio=1.0), clip()[:1].requires_grad_()
+    names, values = zip(*model.named_parameters(), strict=True)
+
+    def call(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(names, weights, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *values), atol=1e-6, fast_mode=True)
+
+
+def test_contrast_compiles_as_one_graph() -> None:
+    contrast = LongShortContrast(small(), mask_ratio=0.0, symmetric=True).double().train()
+    short, long = torch.randn(2, 8, 16).double(), torch.randn(2, 18, 16).double()
+    torch.compiler.reset()
+    compiled = torch.compile(contrast, fullgraph=True, backend="aot_eager", dynamic=False)
+    losses = [run(short, long) for run in (contrast, compiled)]
+    assert abs(losses[0] - losses[1]) < 1e-10
+    grads = [torch.autograd.grad(loss, list(contrast.query.parameters())) for loss in losses]
+    assert all((a - b).abs().max() < 1e-9 for a, b in zip(*grads, strict=True))
+    assert contrast.key.training
+
+
 @pytest.mark.slow
 def test_selection_finds_marked_tokens() -> None:
     """Four tokens with a mark among 512 say the class; a tenth of the tokens is kept."""
