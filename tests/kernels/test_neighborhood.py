@@ -675,10 +675,11 @@ def test_export_leaves_the_grid_open() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_torch_jit_records_what_it_can() -> None:
-    inputs = [x.float() for x in qkv(4, 5)]
-    traced = torch.jit.trace(lambda q, k, v: na2d(q, k, v, 3), inputs, check_trace=False)
-    others = [x + 1 for x in inputs]
-    assert relative_error(traced(*others), na2d(*others, 3).double()) < 1e-6
+    for leaf in (False, True):
+        inputs = [x.float().requires_grad_(leaf) for x in qkv(4, 5)]
+        traced = torch.jit.trace(lambda q, k, v: na2d(q, k, v, 3), inputs, check_trace=False)
+        others = [x + 1 for x in inputs]
+        assert relative_error(traced(*others), na2d(*others, 3).double()) < 1e-6
     axes = [n for axis in build_axes((4, 5), (4, 5), kernel_size=3)[0] for n in axis.encode()]
     with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace cannot record"):
         torch.jit.trace(
@@ -734,3 +735,87 @@ def test_blocks_run_as_boxes_where_they_can(
         torch.device("cuda"), dtype, axes, 64, 64, False, False, True, False, 1, False
     )
     assert choice.choose(request, None).backend == backend
+
+
+def on_gpu(*grid: int, dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    return [x.to("cuda", dtype).requires_grad_() for x in qkv(*grid, dim=dim)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dilation", [1, 2])  # boxes, and loads through pointers
+def test_triton_operator_contract_on_a_gpu(dilation: int) -> None:
+    axes, _ = build_axes((4, 9, 10), (4, 9, 10), kernel_size=(2, 3, 4), dilation=(1, 1, dilation))
+    window = [n for axis in axes for n in axis.encode()]
+    torch.library.opcheck(
+        neighborhood_attention,
+        (*on_gpu(4, 9, 10), None, None, window, 0.125, "triton", [], False),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_compiled_triton_calls_on_a_gpu(dilation: int) -> None:
+    def call(q, k, v):
+        return na3d(q, k, v, (2, 3, 4), dilation=(1, 1, dilation), backend="triton")
+
+    inputs = on_gpu(4, 9, 10)
+    compiled = torch.compile(call, fullgraph=True)
+    assert torch.equal(compiled(*inputs), call(*inputs))
+    grads = torch.autograd.grad(compiled(*inputs).float().square().sum(), inputs)
+    wanted = torch.autograd.grad(call(*inputs).float().square().sum(), inputs)
+    for one, two in zip(grads, wanted, strict=True):
+        assert relative_error(one, two.double().cpu()) < 3e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_a_cuda_graph_replays_the_call(dilation: int) -> None:
+    """After other problems have come and gone, whose tables are kept beside the graph's."""
+
+    # few shapes of kernels, so that few are compiled
+    options = {"dilation": (1, 1, dilation), "backend": "triton", "q_tile_shape": (1, 4, 8)}
+    options["kv_tile_shape"] = (1, 4, 16)
+
+    def call():
+        out = na3d(*inputs, (2, 3, 4), **options)
+        return out, *torch.autograd.grad(out.float().square().sum(), inputs)
+
+    inputs = on_gpu(4, 9, 10)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    for length in range(6, 106):
+        na3d(*on_gpu(2, 4, length), (1, 2, 3), **options).sum().backward()
+    with torch.no_grad():
+        for x in inputs:
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    for one, two in zip(found, call(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements_on_a_gpu() -> None:
+    shape = (1, 64, 256, 256, 8, 72)
+    assert torch.Size(shape).numel() > 2**31
+    if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
+        pytest.skip("needs 60 GiB")
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    q, k, v, up = inputs
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = na3d(*leaves, (3, 5, 5), backend="triton")
+    grads = torch.autograd.grad(out, leaves, up)
+    part = [x.detach()[:, -8:, ..., -1:, :].contiguous().requires_grad_() for x in (q, k, v)]
+    alone = na3d(*part, (3, 5, 5), backend="triton")
+    # frames whose windows lie in the part, and whose keys are seen from there only
+    inside = (slice(None), slice(-4, None))
+    assert relative_error(out[:, -8:, ..., -1:, :][inside], alone[inside].double().cpu()) < 3e-3
+    wanted = torch.autograd.grad(alone, part, up[:, -8:, ..., -1:, :].contiguous())
+    for one, two in zip(grads, wanted, strict=True):
+        assert relative_error(one[:, -8:, ..., -1:, :][inside], two[inside].double().cpu()) < 3e-3
