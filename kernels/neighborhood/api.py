@@ -242,9 +242,10 @@ def _encoded(axes: tuple[Axis, ...]) -> list[int]:
     """The axes as one list of numbers; not to be changed."""
     if torch.compiler.is_compiling():
         return _listed(axes)
-    if any(isinstance(n, torch.SymInt) for a in axes for n in (a.query_length, a.key_length)):
-        return _listed(axes)  # lengths without a value have no hash
-    return _remembered(axes)
+    try:
+        return _remembered(axes)
+    except TypeError:  # lengths without a value have no hash
+        return _listed(axes)
 
 
 def _tile(name: str, shape: PerAxisInt, rank: int) -> tuple[int, ...]:

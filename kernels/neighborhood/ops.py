@@ -297,8 +297,10 @@ def _refuse_tangents(*tensors: torch.Tensor | None) -> None:
 def _is_differentiating() -> bool:
     """Whether the innermost transform of ``torch.func`` is one that needs :class:`_Transformed`."""
     transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is None:
+        return False
     kinds = torch._C._functorch.TransformType
-    return transform is not None and transform.key() in (kinds.Grad, kinds.Jvp, kinds.Vmap)
+    return transform.key() in (kinds.Grad, kinds.Jvp, kinds.Vmap)
 
 
 def attend(
