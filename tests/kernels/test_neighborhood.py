@@ -801,6 +801,52 @@ def test_a_cuda_graph_replays_the_call(dilation: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["packed", "strided", "padded", "odd start", "expanded"])
+def test_half_precision_views_on_a_gpu(layout: str) -> None:
+    """What tensor maps can load, and what must be copied or read through pointers."""
+    q, k, v = (x.detach() for x in on_gpu(4, 9, 10))
+    views = {
+        "packed": torch.stack([q, k, v], -3).unbind(-3),
+        "strided": torch.stack([q, k, v], -1).unbind(-1),
+        "padded": [F.pad(x, (0, 3))[..., :-3] for x in (q, k, v)],
+        "odd start": [F.pad(x, (1, 7))[..., 1:-7] for x in (q, k, v)],
+        "expanded": (q, k[:, :1].expand(k.shape), v),
+    }[layout]
+    leaves = [x.requires_grad_() for x in views]
+    exact = [x.detach().cpu().double().requires_grad_() for x in views]
+    up = torch.randn_like(q)
+    out = na3d(*leaves, (2, 3, 4), backend="triton")
+    axes, _ = build_axes((4, 9, 10), (4, 9, 10), kernel_size=(2, 3, 4))
+    wanted, _ = reference_path.dense_attention(*exact, axes=axes)
+    limit = 3e-3 if q.dtype == torch.bfloat16 else 1e-5
+    assert relative_error(out, wanted) <= limit
+    grads = torch.autograd.grad(out, leaves, up)
+    for one, two in zip(grads, torch.autograd.grad(wanted, exact, up.cpu().double()), strict=True):
+        assert relative_error(one, two) <= limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("biased", [False, True])
+def test_half_precision_gradients_repeat_on_a_gpu(dilation: int, biased: bool) -> None:
+    inputs = on_gpu(6, 20, 21)
+    options: dict = {"dilation": (1, 1, dilation), "backend": "triton"}
+    if biased:
+        options["rpb"] = torch.randn(2, 5, 9, 9, device=inputs[0].device).requires_grad_()
+        inputs.append(options["rpb"])
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [
+            torch.autograd.grad(na3d(*inputs[:3], (3, 5, 5), **options).square().sum(), inputs)
+            for _ in range(3)
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for again in runs[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.gpu
 def test_more_than_2_to_the_31_elements_on_a_gpu() -> None:
     shape = (1, 64, 256, 256, 8, 72)
     assert torch.Size(shape).numel() > 2**31
