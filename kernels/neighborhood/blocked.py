@@ -60,10 +60,11 @@ def _mask(tiles: tuple[AxisTile, ...], device: torch.device) -> torch.Tensor | N
     """(queries, keys) bool of one tile, or ``None`` where every query sees the whole box."""
     if all(tile.whole for tile in tiles):
         return None
-    mask = torch.ones((), dtype=torch.bool)
+    mask = torch.ones((), dtype=torch.bool, device="cpu")
     for axis, tile in enumerate(tiles):
-        key = torch.arange(tile.size)
-        seen = (key >= torch.tensor(tile.start)[:, None]) & (key < torch.tensor(tile.stop)[:, None])
+        key = torch.arange(tile.size, device="cpu")
+        start, stop = (torch.tensor(x, device="cpu") for x in (tile.start, tile.stop))
+        seen = (key >= start[:, None]) & (key < stop[:, None])
         mask = mask & _axis_view(seen, axis, len(tiles))
     queries = math.prod(len(tile.place) for tile in tiles)
     return mask.reshape(queries, -1).to(device)
@@ -71,10 +72,11 @@ def _mask(tiles: tuple[AxisTile, ...], device: torch.device) -> torch.Tensor | N
 
 def _relative(tiles: tuple[AxisTile, ...], axes: tuple[Axis, ...]) -> torch.Tensor:
     """(queries, keys) flat index into the bias table, key minus query."""
-    index = torch.zeros((), dtype=torch.long)
+    index = torch.zeros((), dtype=torch.long, device="cpu")
     for rank, (tile, axis) in enumerate(zip(tiles, axes, strict=True)):
         last = 2 * axis.window - 2
-        steps = torch.arange(tile.size) - torch.tensor(tile.place)[:, None] + axis.window - 1
+        place = torch.tensor(tile.place, device="cpu")
+        steps = torch.arange(tile.size, device="cpu") - place[:, None] + axis.window - 1
         index = index * (last + 1) + _axis_view(steps.clamp(0, last), rank, len(tiles))
     queries = math.prod(len(tile.place) for tile in tiles)
     return index.reshape(queries, -1)
@@ -96,9 +98,9 @@ def _put(target: torch.Tensor, tiles: tuple[AxisTile, ...], part: torch.Tensor) 
     if all(isinstance(tile.queries, slice) for tile in tiles):
         _take(target, tiles, False).copy_(part)
         return
-    flat = torch.zeros((), dtype=torch.long)
+    flat = torch.zeros((), dtype=torch.long, device="cpu")
     for axis, tile in enumerate(tiles):
-        index = torch.arange(target.shape[axis + 1])[tile.queries]
+        index = torch.arange(target.shape[axis + 1], device="cpu")[tile.queries]
         flat = flat[..., None] * target.shape[axis + 1] + index
     last = len(tiles)
     target.flatten(1, last).index_copy_(1, flat.flatten().to(target.device), part.flatten(1, last))

@@ -39,7 +39,7 @@ def _axis_pairs(
 ) -> tuple[_Side, _Side, tuple[torch.Tensor, ...], torch.Tensor]:
     """Token orders of one axis, its tables in that order, and its visibility tile by tile."""
     tables = axis_tables(axis)
-    keys = torch.arange(axis.key_length)
+    keys = torch.arange(axis.key_length, device="cpu")
     query = _Side(tables.group, query_tile, axis.dilation)
     key = _Side(keys % axis.dilation, key_tile, axis.dilation)
     # a padded query or key belongs to no group, so it sees and is seen by nothing
@@ -93,7 +93,8 @@ def _flat_order(
     orders: list[torch.Tensor], tile: tuple[int, ...], lengths: list[int]
 ) -> torch.Tensor:
     """Flat grid index of every token in tile order, -1 for padding."""
-    index, exists = torch.zeros((), dtype=torch.long), torch.ones((), dtype=torch.bool)
+    index = torch.zeros((), dtype=torch.long, device="cpu")
+    exists = torch.ones((), dtype=torch.bool, device="cpu")
     for a, (order, length) in enumerate(zip(orders, lengths, strict=True)):
         shape = [1] * (2 * len(tile))
         shape[a], shape[len(tile) + a] = len(order) // tile[a], tile[a]
@@ -129,8 +130,8 @@ def _plan(
     key_order = _flat_order([s[1].order for s in sides], key_tile, [a.key_length for a in axes])
     query_tiles, key_tiles = [s[0].tiles for s in sides], [s[1].tiles for s in sides]
     tables = []
-    some = torch.ones(1, 1, dtype=torch.bool)
-    every = torch.ones(1, 1, dtype=torch.bool)
+    some = torch.ones(1, 1, dtype=torch.bool, device="cpu")
+    every = torch.ones(1, 1, dtype=torch.bool, device="cpu")
     for a, (_, _, (group, start, stop, key_group, place), tiled) in enumerate(sides):
         of_queries = [_spread(x, a, query_tiles, query_tile) for x in (group, start, stop)]
         of_keys = [_spread(x, a, key_tiles, key_tile) for x in (key_group, place)]
@@ -146,7 +147,7 @@ def _plan(
             seen = seen & (at >= start[query]) & (at < stop[query])
         return seen
 
-    back = torch.empty(math.prod(a.query_length for a in axes), dtype=torch.long)
+    back = torch.empty(math.prod(a.query_length for a in axes), dtype=torch.long, device="cpu")
     back[query_order[query_order >= 0]] = (query_order >= 0).nonzero().flatten()
     return _Plan(
         query_order.to(device),

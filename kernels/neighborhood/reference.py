@@ -18,7 +18,7 @@ CHUNK_ELEMENTS = 1 << 24
 
 def visible_matrix(axis: Axis) -> torch.Tensor:
     """(query_length, key_length) bool: which key each query sees on one axis."""
-    matrix = torch.zeros(axis.query_length, axis.key_length, dtype=torch.bool)
+    matrix = torch.zeros(axis.query_length, axis.key_length, dtype=torch.bool, device="cpu")
     for query in range(axis.query_length):
         matrix[query, list(visible_keys(axis, query))] = True
     return matrix
@@ -26,7 +26,7 @@ def visible_matrix(axis: Axis) -> torch.Tensor:
 
 def dense_mask(axes: tuple[Axis, ...]) -> torch.Tensor:
     """(queries, keys) bool over the flattened grids: the product of the axes' sets."""
-    mask = torch.ones(1, 1, dtype=torch.bool)
+    mask = torch.ones(1, 1, dtype=torch.bool, device="cpu")
     for axis in axes:
         mask = torch.kron(mask, visible_matrix(axis))
     return mask
@@ -36,8 +36,10 @@ def dense_bias(rpb: torch.Tensor, axes: tuple[Axis, ...]) -> torch.Tensor:
     """(heads, queries, keys) relative position bias; entries of invisible pairs mean nothing."""
     index = []
     for axis in axes:
-        query = torch.tensor([key_position(axis, i) for i in range(axis.query_length)])
-        steps = (torch.arange(axis.key_length) - query[:, None]) // axis.dilation
+        query = torch.tensor(
+            [key_position(axis, i) for i in range(axis.query_length)], device="cpu"
+        )
+        steps = (torch.arange(axis.key_length, device="cpu") - query[:, None]) // axis.dilation
         index.append((steps + axis.window - 1).clamp(0, 2 * axis.window - 2).to(rpb.device))
     rank = len(axes)
     where = [

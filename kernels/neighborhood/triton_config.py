@@ -162,10 +162,10 @@ def _work(axis: Axis, rows: int, columns: int, of_keys: bool) -> int:
     tables = axis_tables(axis)
     start, stop = tables.start, tables.stop
     if of_keys:
-        keys = torch.arange(axis.key_length)
+        keys = torch.arange(axis.key_length, device="cpu")
         start, stop = (torch.searchsorted(x, keys, right=True) for x in (stop, start))
     low = start[::rows]
-    last = torch.arange(rows - 1, rows * len(low), rows).clamp_max(len(start) - 1)
+    last = torch.arange(rows - 1, rows * len(low), rows, device="cpu").clamp_max(len(start) - 1)
     boxes = (stop[last] - low + columns - 1).clamp_min(0) // columns
     return rows * columns * int(boxes.sum())
 

@@ -71,7 +71,7 @@ def query_tiles(axis: Axis, tile: int) -> torch.Tensor:
             low, high = start[first : first + tile], stop[first : first + tile]
             box = (int(low.min()), int(high.max()), int(low.max()), int(high.min()))
             rows.append([residue, first, group, *box])
-    return torch.tensor(rows, dtype=torch.int32)
+    return torch.tensor(rows, dtype=torch.int32, device="cpu")
 
 
 @lru_cache(maxsize=512)
@@ -84,7 +84,7 @@ def key_tiles(axis: Axis, tile: int) -> torch.Tensor:
     """
     rows = []
     groups = {group: (residue, start, stop) for residue, group, start, stop in _groups(axis)}
-    nobody = torch.empty(0, dtype=torch.long)
+    nobody = torch.empty(0, dtype=torch.long, device="cpu")
     for group in range(min(axis.dilation, axis.key_length)):
         residue, start, stop = groups.get(group, (0, nobody, nobody))
         length = (axis.key_length - group + axis.dilation - 1) // axis.dilation
@@ -97,7 +97,7 @@ def key_tiles(axis: Axis, tile: int) -> torch.Tensor:
             ):
                 row += [int(members[0]), int(members[-1]) + 1] if len(members) else [0, 0]
             rows.append(row)
-    return torch.tensor(rows, dtype=torch.int32)
+    return torch.tensor(rows, dtype=torch.int32, device="cpu")
 
 
 @lru_cache(maxsize=256)
@@ -119,7 +119,7 @@ def runs(axes: tuple[Axis, Axis, Axis], of_keys: bool, device: str) -> torch.Ten
         tables = axis_tables(axis)
         start, stop = tables.start, tables.stop
         if of_keys:
-            keys = torch.arange(axis.key_length)
+            keys = torch.arange(axis.key_length, device="cpu")
             start, stop = (torch.searchsorted(x, keys, right=True) for x in (stop, start))
         parts += [start, stop]
     return torch.cat(parts).to(torch.int32).to(device)
@@ -137,7 +137,7 @@ def cuts(axis: Axis, rows: int, columns: int, of_keys: bool) -> bool:
     """
     one = Axis(1, 1, 1)
     start, stop = runs((one, one, axis), of_keys, "cpu")[4:].view(2, -1)
-    first = torch.arange(len(start)) // rows * rows
+    first = torch.arange(len(start), device="cpu") // rows * rows
     uneven = bool((start != start[first]).any() | (stop != stop[first]).any())
     return uneven or bool(((stop - start) % columns).any())
 

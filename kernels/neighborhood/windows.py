@@ -121,7 +121,7 @@ class AxisTables(NamedTuple):
 @lru_cache(maxsize=256)
 def axis_tables(axis: Axis) -> AxisTables:
     """Dilation group, place, and window (start and stop place) of every query, on the CPU."""
-    query = torch.arange(axis.query_length)
+    query = torch.arange(axis.query_length, device="cpu")
     if axis.query_map == "center":
         position = (2 * query + 1) * axis.key_length // (2 * axis.query_length)
     elif axis.query_map == "start":
@@ -180,7 +180,7 @@ def axis_tiles(axis: Axis, tile: int) -> tuple[AxisTile, ...]:
             low, high = int(start.min()), int(stop.max())
             first, last = int(chunk[0]), int(chunk[-1])
             step = int(chunk[1]) - first if len(chunk) > 1 else 1
-            even = torch.equal(chunk, torch.arange(first, last + 1, step))
+            even = torch.equal(chunk, torch.arange(first, last + 1, step, device="cpu"))
             tiles.append(
                 AxisTile(
                     slice(first, last + 1, step) if even else chunk,
