@@ -403,6 +403,11 @@ class HaloAttention(nn.Module):
                 "block_size and block_frames must be at least 1, halo_size and halo_frames at "
                 f"least 0, got {block_size}, {block_frames}, {halo_size} and {halo_frames}"
             )
+        if qk_ratio <= 0 or (dim_head is not None and dim_head < 1):
+            raise ValueError(
+                "qk_ratio must be above 0 and dim_head None or at least 1, got "
+                f"{qk_ratio} and {dim_head}"
+            )
         self.dim, self.num_heads = dim, num_heads
         self.block = (block_frames, block_size, block_size)
         self.halo = (halo_frames, halo_size, halo_size)

@@ -100,6 +100,8 @@ class _NeighborhoodAttention(nn.Module):
         self.head_dim = embed_dim // num_heads
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
         self.kernel_size = per_axis("kernel_size", cast(Any, kernel_size), self.rank)
+        if min(self.kernel_size) < 1:
+            raise ValueError(f"kernel_size must be at least 1 on each axis, got {kernel_size}")
         self.stride = per_axis("stride", cast(Any, stride), self.rank)
         self.dilation = per_axis("dilation", cast(Any, dilation), self.rank)
         self.is_causal = per_axis("is_causal", cast(Any, is_causal), self.rank)

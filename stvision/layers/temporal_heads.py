@@ -176,6 +176,8 @@ class TemporalInception(nn.Module):
         _check_head(dim, num_classes)
         if not taps or any(k < 1 or k % 2 == 0 for k in taps):
             raise ValueError(f"taps must be odd numbers of at least 1, got {tuple(taps)}")
+        if hidden < 1:
+            raise ValueError(f"hidden must be at least 1, got {hidden}")
         self.dim, self.num_classes, self.num_features = dim, num_classes, hidden
         self.branches = nn.ModuleList()
         width = 1

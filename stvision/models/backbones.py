@@ -77,8 +77,10 @@ def create_backbone(
     """
     if name not in BACKBONES:
         raise ValueError(f"backbone must be one of {', '.join(sorted(BACKBONES))}, got {name!r}")
-    if frames is not None and (isinstance(frames, bool) or frames < 1):
-        raise ValueError(f"frames must be None (images) or at least 1, got {frames}")
+    if frames is not None and (
+        isinstance(frames, bool) or not isinstance(frames, int) or frames < 1
+    ):
+        raise ValueError(f"frames must be None (images) or a number of at least 1, got {frames!r}")
     given = {"in_chans": in_chans, "num_classes": num_classes}
     options |= {key: value for key, value in given.items() if value is not None}
     if pretrained is not None:

@@ -288,6 +288,9 @@ class ConvS5Backbone(Backbone):
         frames: ``None`` for images, a number for clips of any length.
         drop_rate: dropout before the head.
         options: further arguments of :class:`stvision.layers.conv_s5.ConvS5`.
+
+    Raises:
+        ValueError: sizes that do not fit.
     """
 
     def __init__(
@@ -304,6 +307,11 @@ class ConvS5Backbone(Backbone):
         drop_rate: float = 0.0,
         **options: Any,
     ) -> None:
+        if min(len(widths), dim, depth) < 1:
+            raise ValueError(
+                f"dim and depth must be at least 1 and widths not empty, got {dim}, {depth} and "
+                f"{tuple(widths)}"
+            )
         super().__init__(in_chans, num_classes, [dim], frames, [2 ** (len(widths) - 1)])
         self.encoder = FrameEncoder(in_chans, widths, groups=groups)
         self.proj = nn.Linear(widths[-1], dim)

@@ -194,9 +194,10 @@ class SelectiveS4(nn.Module):
             raise ValueError(f"keep_ratio must be above 0 and at most 1, got {keep_ratio}")
         if selection not in SELECTIONS:
             raise ValueError(f"selection must be 'exact' or 'ratio', got {selection!r}")
-        if in_chans < 1 or patch_size < 1:
+        if min(in_chans, patch_size, l_max) < 1:
             raise ValueError(
-                f"in_chans and patch_size must be at least 1, got {in_chans} and {patch_size}"
+                "in_chans, patch_size and l_max must be at least 1, got "
+                f"{in_chans}, {patch_size} and {l_max}"
             )
         if frames is not None and frames < 1:
             raise ValueError(f"frames must be None (images) or at least 1, got {frames}")

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 #: names under which a folder or a hub repository holds its weights, in the order they are tried
 FILES = ("model.safetensors", "pytorch_model.bin", "model.bin", "model.pth")
 
+_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz", ".pkl"})
+
 #: file beside them that says which arguments a backbone takes
 CONFIG = "config.json"
 BACKBONE_KIND = "stvision backbone"
@@ -106,7 +108,8 @@ def _from_hub(name: str, files: Sequence[str], required: bool = False) -> Path |
 
     ``required``: where there is neither network nor copy, say so.
     """
-    if name.count("/") != 1 or name.startswith((".", "/")) or name.endswith("/"):
+    a_file = Path(name).suffix in _SUFFIXES  # of which no repository is named
+    if a_file or name.count("/") != 1 or name.startswith((".", "/")) or name.endswith("/"):
         raise FileNotFoundError(
             f"pretrained={name!r} is neither a file, a folder nor owner/name of a hub repository"
         )

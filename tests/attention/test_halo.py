@@ -267,6 +267,8 @@ def test_bad_modules_are_named() -> None:
         ({"num_heads": 3}, "num_heads must divide dim_out 16, got 3"),
         ({"stride": 3}, "stride must be 1 or 2, got 3"),
         ({"block_size": 0}, "block_size and block_frames must be at least 1"),
+        ({"dim_head": 0}, "dim_head None or at least 1, got 1.0 and 0"),
+        ({"qk_ratio": -1.0}, "qk_ratio must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             HaloAttention(16, **options)

@@ -101,6 +101,8 @@ def test_compiles_as_one_graph() -> None:
 def test_bad_arguments_get_one_sentence() -> None:
     with pytest.raises(ValueError, match="num_heads=3 must divide embed_dim=8"):
         NeighborhoodAttention1D(8, 3, 3)
+    with pytest.raises(ValueError, match="kernel_size must be at least 1 on each axis, got 0"):
+        NeighborhoodAttention2D(8, 2, 0, rpb=True)
     with pytest.raises(ValueError, match="has 2 values"):
         NeighborhoodAttention3D(8, 2, (3, 3))
     with pytest.raises(ValueError, match="query_map cannot be an option"):

@@ -212,6 +212,7 @@ def test_all_parameters_of_ts_lstm_begin_uniform() -> None:
         (lambda: TSLSTM(0, 5), "dim must be at least 1 and num_classes at least 0, got 0 and 5"),
         (lambda: TSLSTM(4, 5, segments=0), "segments and hidden must be at least 1"),
         (lambda: TemporalInception(4, 5, taps=(4,)), r"taps must be odd .* got \(4,\)"),
+        (lambda: TemporalInception(4, 5, hidden=0), "hidden must be at least 1, got 0"),
         (lambda: ts_lstm()(features(2)), r"at least segments=3 .* got \(4, 2, 6\)"),
         (lambda: ts_lstm()(features()[..., :5]), r"x must be \(B, T, 6\)"),
         (lambda: inception()(features()[0]), r"x must be \(B, T, 6\)"),

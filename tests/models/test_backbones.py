@@ -211,8 +211,9 @@ def test_catalogue_builds_by_name() -> None:
     assert {"davit_tiny", "davit_small", "davit_base", "davit_large"} <= BACKBONES.keys()
     with pytest.raises(ValueError, match="backbone must be one of .*davit_tiny.*, got 'davit'"):
         create_backbone("davit")
-    with pytest.raises(ValueError, match="frames must be None .* or at least 1, got 0"):
-        create_backbone("davit_tiny", frames=0)
+    for frames in (0, 2.5, True, "4"):
+        with pytest.raises(ValueError, match=f"frames must be None .* at least 1, got {frames!r}"):
+            create_backbone("davit_tiny", frames=frames)
     with pytest.raises(ValueError, match="in_chans must be at least 1"):
         create_backbone("davit_tiny", in_chans=0)
 
@@ -258,8 +259,9 @@ def test_weights_come_from_files_and_folders(tmp_path: Path) -> None:
         create_backbone("davit_tiny", tmp_path, **(sizes | {"depths": (2, 0)}))
     with pytest.raises(ValueError, match="other shape .* for .* and more"):
         create_backbone("davit_tiny", tmp_path, **(sizes | {"embed_dims": (4, 8)}))
-    with pytest.raises(FileNotFoundError, match="neither a file, a folder nor owner/name"):
-        read_weights(tmp_path / "lost.pth")
+    for lost in (tmp_path / "lost.pth", "weights/lost.pth"):  # the second looks like a repository
+        with pytest.raises(FileNotFoundError, match="neither a file, a folder nor owner/name"):
+            read_weights(lost)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds none of model.safetensors"):
         read_weights(tmp_path / "empty")

@@ -328,6 +328,8 @@ def test_bad_input() -> None:
         (lambda: frame_loss(clip(), clip(), 2.0), "weight must be 0 to 1, got 2.0"),
         (lambda: predictor(widths=(4, 5)), "groups must divide 4 and 5 channels, got 2"),
         (lambda: predictor(depth=0), "must be at least 1 and widths not empty"),
+        (lambda: ConvS5Backbone(()), r"widths not empty, got 256, 8 and \(\)"),
+        (lambda: ConvS5Backbone(depth=0), "dim and depth must be at least 1"),
     ]
     for call, message in calls:
         with pytest.raises(ValueError, match=message):

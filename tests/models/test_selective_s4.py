@@ -351,6 +351,7 @@ def test_compiles_and_runs_in_half_precision() -> None:
         ({"selection": "soft"}, "selection must be 'exact' or 'ratio', got 'soft'"),
         ({"frames": 0}, "frames must be None"),
         ({"momentum": 2.0}, "momentum must be 0 to 1"),
+        ({"l_max": 0}, "in_chans, patch_size and l_max must be at least 1, got 3, 4 and 0"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:
