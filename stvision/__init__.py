@@ -23,6 +23,9 @@ _EXPORTS: dict[str, str] = {
     "na1d": "stvision.kernels.neighborhood",
     "na2d": "stvision.kernels.neighborhood",
     "na3d": "stvision.kernels.neighborhood",
+    "NeighborhoodAttention1D": "stvision.attention",
+    "NeighborhoodAttention2D": "stvision.attention",
+    "NeighborhoodAttention3D": "stvision.attention",
 }
 
 __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604

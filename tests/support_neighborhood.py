@@ -10,7 +10,7 @@ import torch.utils.deterministic
 from hypothesis import strategies as st
 
 from stvision.kernels.neighborhood.problem import build_axes
-from stvision.kernels.neighborhood.reference import dense_attention
+from stvision.kernels.neighborhood.reference import dense_attention, dense_bias, dense_mask
 
 #: allowed relative error in the Frobenius norm
 RELATIVE = {
@@ -144,8 +144,19 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def check(problem: Problem, call: Any, dtype: torch.dtype, *, grad: bool = True, **options: Any):
-    """Compare a backend with the float64 definition, forward and (both outputs) backward."""
+def check(
+    problem: Problem,
+    call: Any,
+    dtype: torch.dtype,
+    *,
+    grad: bool = True,
+    rounded: bool = False,
+    **options: Any,
+) -> None:
+    """Compare a backend with the float64 definition, forward and (both outputs) backward.
+
+    With ``rounded`` gradients are those of :func:`rounded_gradients`.
+    """
     out, lse, exact = problem.expected()
     with poisoned():
         found, found_lse = call(
@@ -163,7 +174,12 @@ def check(problem: Problem, call: Any, dtype: torch.dtype, *, grad: bool = True,
     up_lse = up_lse.masked_fill(lse == -torch.inf, 0.0)
     names = list(exact)
     safe = lse.masked_fill(lse == -torch.inf, 0.0)
-    wanted = torch.autograd.grad((out * up).sum() + (safe * up_lse).sum(), list(exact.values()))
+    if rounded:
+        model = rounded_gradients(problem, dtype, up, up_lse)
+        wanted = tuple(model[name] for name in names)
+    else:
+        total = (out * up).sum() + (safe * up_lse).sum()
+        wanted = torch.autograd.grad(total, list(exact.values()))
     with poisoned():
         grads = torch.autograd.grad(
             (found, found_lse),
@@ -172,3 +188,47 @@ def check(problem: Problem, call: Any, dtype: torch.dtype, *, grad: bool = True,
         )
     for name, got, want in zip(names, grads, wanted, strict=True):
         assert relative_error(got, want) <= limit, f"gradient of {name}"
+
+
+def rounded_gradients(
+    problem: Problem, dtype: torch.dtype, up: torch.Tensor, up_lse: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Gradients in float64 but for the three roundings that tensor cores of 16 bits force.
+
+    The row sums of the backward take the output as it was returned, and weights and gradients of
+    scores are rounded before they meet values, keys and queries. Where a window holds a few keys,
+    these move a gradient by several times a rounding of its own, in every attention that keeps its
+    output in 16 bits. Not for additional tokens.
+    """
+    exact = {name: x.detach().cpu().double() for name, x in problem.inputs.items()}
+    axes, kept = build_axes(exact["query"].shape[1:-2], problem.grid, **problem.window)
+    query = exact["query"][(slice(None), *kept)]
+    scale = query.shape[-1] ** -0.5
+    groups = problem.heads // problem.kv_heads
+    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (query, exact["key"], exact["value"]))
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    scores = q @ k.mT * scale
+    if problem.bias:
+        table = exact["rpb"].requires_grad_()
+        bias = dense_bias(table, axes)
+        scores = scores + bias.detach()
+    seen = dense_mask(axes)[None, None]
+    if problem.mask is not None:
+        seen = seen & problem.mask.cpu().flatten(1)[:, None, None]
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x.to(dtype).double()
+
+    do, dlse = (x.flatten(1, y).transpose(1, 2) for x, y in ((up, -3), (up_lse, -2)))
+    delta = (do * rounded(weights @ v)).sum(-1) - dlse
+    ds = weights * (do @ v.mT - delta[..., None])
+    dq, dk, dv = rounded(ds) @ k * scale, rounded(ds).mT @ q * scale, rounded(weights).mT @ do
+    found = {"query": torch.zeros_like(exact["query"])}
+    found["query"][(slice(None), *kept)] = dq.transpose(1, 2).unflatten(1, query.shape[1:-2])
+    for name, x in (("key", dk), ("value", dv)):
+        one = x.unflatten(1, (-1, groups)).sum(2).transpose(1, 2)
+        found[name] = one.unflatten(1, exact[name].shape[1:-2])
+    if problem.bias:
+        (found["rpb"],) = torch.autograd.grad((bias * ds).sum(), table)
+    return found

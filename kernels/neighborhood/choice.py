@@ -13,7 +13,7 @@ from stvision.kernels.neighborhood.windows import Axis
 
 BACKENDS = ("sdpa", "triton", "flex", "blocked", "reference")
 #: whether the Triton kernels have passed the tests marked ``gpu`` on a device
-TRITON_IS_CHECKED = False
+TRITON_IS_CHECKED = True
 #: order in which an automatic choice tries the backends, by type of device
 AUTOMATIC = {
     "cuda": ("sdpa", *(["triton"] if TRITON_IS_CHECKED else []), "blocked", "reference"),

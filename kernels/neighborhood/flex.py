@@ -166,9 +166,26 @@ def _kept_plan(axes: tuple[Axis, ...], tile: tuple[int, ...], device: torch.devi
         return _plan(axes, tile, tile, str(device))
 
 
+#: problems of one process that FlexAttention is compiled for
+MOST_PROBLEMS = 1024
+
+
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
+
+
+def compiled_flex(*arguments: Any, **options: Any) -> Any:
+    """FlexAttention compiled for these sizes.
+
+    After eight sizes the compiler gives up by default, and FlexAttention then runs without a kernel
+    and keeps the whole score matrix.
+    """
+    import torch._dynamo
+
+    limits = {"recompile_limit": MOST_PROBLEMS, "accumulated_recompile_limit": MOST_PROBLEMS}
+    with torch._dynamo.config.patch(limits):
+        return _compiled()(*arguments, **options)
 
 
 def attention(
@@ -190,7 +207,7 @@ def attention(
 
     if key_mask is not None:
         key_mask = key_mask.flatten(1)[:, plan.key_order.clamp_min(0)]
-    run: Any = flex_attention if query.device.type == "cpu" else _compiled()
+    run: Any = flex_attention if query.device.type == "cpu" else compiled_flex
     out, aux = run(
         tiled(query, plan.query_order),
         tiled(key, plan.key_order),

@@ -1,6 +1,7 @@
 """Launch the Triton kernels: layouts, tables and shapes. Imported only when this backend runs."""
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -89,7 +90,8 @@ def _launch(
                 _DEPTH[key] = depth
             else:
                 break
-    if not interpreted():
+    # on AMD a kernel also depends on whether its tensors hold more than 2 GiB
+    if not interpreted() and not torch.version.hip:
         # runtime arguments come first in every signature
         names = kernel.arg_names[len(arguments) :]
         _COMPILED[key] = compiled, tuple(constants[name] for name in names)
@@ -99,7 +101,14 @@ def _grid3(x: torch.Tensor) -> torch.Tensor:
     """(B, *grid, heads, d) with three grid axes and a dense last axis; a view where it can be."""
     while x.dim() < 6:
         x = x.unsqueeze(1)
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    warnings.warn(
+        "a query, key or value whose last axis is not dense is copied at every call; calling "
+        "contiguous() once, where it is made, saves that",
+        stacklevel=2,
+    )
+    return x.contiguous()
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ keys; "place" counts inside the group of keys, "member" inside the group of quer
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 
 import torch
@@ -107,7 +107,8 @@ def bounds(axis: Axis) -> torch.Tensor:
     return torch.stack([tables.start, tables.stop, tables.place]).to(torch.int32)
 
 
-@lru_cache(maxsize=64)
+# Never evicted: a captured graph, or a kernel on another stream, may still read the table.
+@cache
 def runs(axes: tuple[Axis, Axis, Axis], of_keys: bool, device: str) -> torch.Tensor:
     """Runs of the kernels in ``triton_boxes``: int32 first and past-the-last, axis after axis.
 
@@ -142,7 +143,8 @@ def cuts(axis: Axis, rows: int, columns: int, of_keys: bool) -> bool:
     return uneven or bool(((stop - start) % columns).any())
 
 
-@lru_cache(maxsize=64)
+# never evicted, as above
+@cache
 def on_device(
     axes: tuple[Axis, Axis, Axis], tile: tuple[int, int, int], kind: str, device: str
 ) -> tuple[torch.Tensor, ...]:

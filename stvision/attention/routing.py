@@ -12,7 +12,6 @@ masked unless one of the two is asked for.
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -430,22 +429,17 @@ def routing_block_mask(index: Tensor, tokens: int, inside: Tensor | None) -> Any
     )
 
 
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def _flex(
     query: Tensor, key: Tensor, value: Tensor, index: Tensor, inside: Tensor | None, scale: float
 ) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
+    from stvision.kernels.neighborhood.flex import compiled_flex
+
     tokens = query.shape[2]
     mask = routing_block_mask(index, tokens, inside)
     eager = query.device.type == "cpu" or torch.compiler.is_compiling()
-    run: Any = flex_attention if eager else _compiled_flex()
+    run: Any = flex_attention if eager else compiled_flex
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
     if query.device.type == "cpu":  # its compiled template reads the layout under a view
         q, k, v = (x.contiguous() for x in (q, k, v))

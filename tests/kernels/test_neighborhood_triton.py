@@ -170,12 +170,23 @@ TILES = {1: ((32,), (32,)), 2: ((4, 8), (2, 16)), 3: ((2, 4, 4), (1, 4, 8))}
 @given(problem=problems())
 def test_random_problems_on_a_gpu(name: str, problem: Problem) -> None:
     dtype, problem.dim, problem.value_dim, problem.bias, problem.masked = BINARIES[name]
-    if problem.bias or problem.masked:
+    half = dtype != torch.float32
+    if problem.bias or problem.masked or half:
         problem.tokens = 0
     if problem.query_grid is not None and isinstance(problem.window.get("query_map"), str):
         problem.window["dilation"] = (1,) * len(problem.grid)
     query, key = TILES[len(problem.grid)]
-    run(dtype, problem, q_tile_shape=query, kv_tile_shape=key, deterministic=False)
+    options = {"q_tile_shape": query, "kv_tile_shape": key, "deterministic": False}
+    run(dtype, problem, rounded=half, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_additional_tokens_of_16_bits(dtype: torch.dtype) -> None:
+    """Enough of them and of queries that roundings average out."""
+    if dtype == torch.bfloat16 and interpreted():
+        pytest.skip("the interpreter has no bfloat16 products")
+    window = {"kernel_size": (7, 9)}
+    run(dtype, Problem(12, 1, (9, 14), 2, 1, 64, 64, window, tokens=24), deterministic=True)
 
 
 @pytest.mark.gpu
@@ -258,3 +269,12 @@ def test_chosen_tiles_fit_the_windows() -> None:
         boxes = (table[:, 4] - table[:, 3] + key - 1) // key
         pairs *= query * key * int(boxes.sum()) / (axis.query_length * axis.window)
     assert pairs < 2.2, tiles
+
+
+def test_a_scattered_last_axis_is_copied_aloud() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, 5, 2, 16, generator=g).to(DEVICE)
+    scattered = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    with pytest.warns(UserWarning, match="last axis is not dense is copied at every call"):
+        found = na2d(scattered, x, x, 3, backend="triton")
+    assert relative_error(found, na2d(x, x, x, 3, backend="triton").double().cpu()) < 1e-6
