@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stvision.models import biformer, davit, halonet, nat
 from stvision.models.backbones import BACKBONES, create_backbone
+from stvision.models.surface import Head
 from stvision.models.weights import adapt_input_channels, read_weights
 
 #: family -> class, arguments that make it small
@@ -268,6 +269,33 @@ def test_weights_come_from_files_and_folders(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="list.pth holds no state dict"):
         read_weights(tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("davit", "davit_tiny"), ("biformer", "biformer_tiny"), ("biformer_nchw", "biformer_tiny")]
+    + [("halonet", "halonet26t")],
+)
+def test_a_file_of_image_weights_makes_a_video_model(
+    name: str, published: str, tmp_path: Path
+) -> None:
+    """What only clips have starts where a clip of equal frames gives the logits of its image."""
+    image, x = small(name, None).eval(), pixels(None)
+    torch.save(image.state_dict(), tmp_path / "image.pth")
+    options = SMALL[name][1] | {"num_classes": 5, "frames": 3}
+    video = create_backbone(published, tmp_path / "image.pth", **options).eval()
+    assert len(video.state_dict()) > len(image.state_dict())
+    clip = x[:, :, None].expand(-1, -1, 3, -1, -1)
+    assert (video(clip) - image(x)).abs().max() < 1e-4 * image(x).abs().max().clamp_min(1)
+
+
+def test_dropout_of_the_head_stands_behind_its_norm() -> None:
+    head = Head(64, 0, nn.LayerNorm(64), drop_rate=0.5).train()
+    x = torch.randn(200, 64)
+    dropped, whole = head(x), head.eval()(x)
+    zero = dropped == 0
+    assert 0.4 < zero.float().mean() < 0.6
+    assert torch.allclose(dropped, torch.where(zero, 0.0, 2 * whole))
 
 
 def test_image_weights_of_nat_become_video_weights(tmp_path: Path) -> None:
