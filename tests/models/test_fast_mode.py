@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stvision.models.fast import disable_fast, enable_fast, fast, is_fast, plain
+from stvision.models.fast import (
+    GraphedForward,
+    _Capture,
+    disable_fast,
+    enable_fast,
+    fast,
+    is_fast,
+    plain,
+)
 
 
 class Denoiser(nn.Module):
@@ -156,13 +164,36 @@ def test_another_backend_and_moved_weights_are_captured_anew() -> None:
         model.backend = "math"
         torch.testing.assert_close(model(*inputs(0))[0], -first, rtol=0, atol=0)
         model.cpu()
-        # or the weights might come back to the very place where they lay
-        elsewhere = [torch.empty(64, device="cuda") for _ in range(64)]
         model.mix.weight.zero_()
         model.mix.bias.zero_()
         model.cuda()
-        del elsewhere
         arguments = inputs(0)
         expected = model.forward.plain(*arguments)[0]
         torch.testing.assert_close(model(*arguments)[0], expected, rtol=0, atol=0)
-        assert len(model.forward._captures) == 1
+
+
+def test_weights_that_lie_elsewhere_drop_all_captures(monkeypatch) -> None:
+    """On a GPU weights may come back to the very place where they lay; here they do not."""
+    made = []
+
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    def capture(self, tensors, fixed, num_args) -> _Capture:
+        made.append(tensors["sample"].shape)
+        copies = {name: value.clone() for name, value in tensors.items()}
+        return _Capture(Graph(), copies, (torch.zeros(1),))
+
+    monkeypatch.setattr(GraphedForward, "_replays", lambda self, sample: True)
+    monkeypatch.setattr(GraphedForward, "_capture", capture)
+    model = Denoiser().eval()
+    forward = GraphedForward(model)
+    for batch in (2, 3, 2, 3):
+        forward(*inputs(0, batch, device="cpu"))
+    assert len(made) == len(forward._captures) == 2
+    model.mix.weight.data = model.mix.weight.data.clone()
+    forward(*inputs(0, device="cpu"))
+    assert len(made) == 3 and len(forward._captures) == 1
+    forward(*inputs(1, device="cpu"))
+    assert len(made) == 3
