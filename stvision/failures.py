@@ -27,4 +27,6 @@ def explain(error: BaseException, memory_advice: str = "") -> str:
         return f"{said}; {memory_advice}" if memory_advice else said
     # a worker process hands its whole traceback on, whose last line says what happened
     line = lines[-1] if "Traceback" in str(error) else lines[0]
+    if line.endswith(":") and len(lines) > 1:  # such as "backend='inductor' raised:"
+        line = f"{line} {lines[lines.index(line) + 1]}"
     return f"{line.rstrip('.')} ({TRACEBACK}=1 shows where)"
