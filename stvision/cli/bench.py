@@ -79,7 +79,8 @@ class Command:
     """Frames of its clips."""
 
     workers: int | None = None
-    """Processes that train side by side; 6 on a GPU and 1 elsewhere when not given."""
+    """Processes that train side by side, spread over all GPUs; 6 for each GPU and 1 elsewhere when
+    not given."""
 
     graphs: bool = True
     """Train with CUDA graphs where a mechanism can be captured."""
@@ -175,7 +176,7 @@ def _train(
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from stvision.train.mechanisms import prepare_metaworld, train_jobs
+    from stvision.train.mechanisms import default_workers, prepare_metaworld, train_jobs
 
     missing = [one for one in jobs if not table.has_run(one.key)]
     if not missing:
@@ -183,7 +184,7 @@ def _train(
     if any(one.task.startswith("metaworld") for one in missing):
         table.facts["metaworld"] = prepare_metaworld(settings)
     table.facts["trained on"] = _facts(device, _precision(device))
-    workers = job.workers or (6 if device.type == "cuda" else 1)
+    workers = job.workers or default_workers(str(device))
     done = len(jobs) - len(missing)
     with (
         logging_redirect_tqdm(),

@@ -463,6 +463,8 @@ def _sentence(error: Exception) -> str:
 def _work(settings: Settings, device: str, threads: int, pipe: Any) -> None:
     """A process that trains what it is told until it is told nothing more."""
     torch.set_num_threads(threads)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # streams and captures are made on the present device
     problems = _Problems(settings, device)
     while (order := pipe.recv()) is not None:
         job, graphs = order
@@ -480,6 +482,7 @@ class _Worker:
     """A process and what it is at work on."""
 
     def __init__(self, settings: Settings, device: str, threads: int) -> None:
+        self.device = device
         context = get_context("spawn")
         self.pipe, other = context.Pipe()
         self.process = context.Process(
@@ -507,6 +510,19 @@ class _Worker:
         self.pipe.close()
 
 
+def default_workers(device: str) -> int:
+    """Processes that keep the GPUs of ``device`` busy with such small networks; 1 elsewhere."""
+    if not device.startswith("cuda"):
+        return 1
+    return 6 * (max(1, torch.cuda.device_count()) if device == "cuda" else 1)
+
+
+def spread(device: str, count: int) -> list[str]:
+    """Devices of ``count`` processes: in turn all GPUs there are for ``"cuda"``, else ``device``."""
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    return [f"cuda:{i % gpus}" for i in range(count)] if gpus > 1 else [device] * count
+
+
 def train_jobs(
     jobs: Sequence[Job],
     settings: Settings,
@@ -526,7 +542,7 @@ def train_jobs(
         jobs: what to train, in this order. Call :func:`prepare_metaworld` before, so that not every
             process decodes.
         settings: of all of them.
-        device: ``"cuda"``, ``"cpu"`` and so on.
+        device: ``"cuda"``, ``"cpu"`` and so on; processes of ``"cuda"`` share all GPUs there are.
         workers: processes side by side; with 1, this process trains, one after another.
         graphs: see :func:`train_one`.
         max_seconds: when so much time is over, what runs is dropped; with one worker, after the
@@ -547,7 +563,8 @@ def train_jobs(
         return _train_here(jobs, settings, device, uncaptured, end, done)
     threads = max(1, (os.cpu_count() or 1) // workers)
     waiting = list(jobs)
-    pool = [_Worker(settings, device, threads) for _ in range(min(workers, len(jobs)))]
+    places = spread(device, min(workers, len(jobs)))
+    pool = [_Worker(settings, place, threads) for place in places]
     try:
         while waiting or any(worker.job for worker in pool):
             for worker in pool:
@@ -572,7 +589,7 @@ def train_jobs(
                     else:
                         done(job, result)
                     if waiting:
-                        pool.append(_Worker(settings, device, threads))
+                        pool.append(_Worker(settings, worker.device, threads))
                 else:
                     done(job, result)
     finally:

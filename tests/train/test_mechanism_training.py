@@ -13,8 +13,10 @@ from stvision.train.mechanisms import (
     Problem,
     Settings,
     all_jobs,
+    default_workers,
     load_problem,
     metaworld_tasks,
+    spread,
     train_jobs,
     train_one,
 )
@@ -279,3 +281,16 @@ def test_a_graph_trains_as_plain_steps_do(name: str) -> None:
         for graphs in (False, True)
     )
     assert captured["last_loss"] == pytest.approx(plain["last_loss"], rel=1e-2)
+
+
+def test_processes_are_spread_over_all_gpus(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert spread("cuda", 6) == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0", "cuda:1"]
+    assert spread("cuda:2", 2) == ["cuda:2"] * 2 and spread("cpu", 2) == ["cpu"] * 2
+    assert (default_workers("cuda"), default_workers("cuda:1"), default_workers("cpu")) == (
+        24,
+        6,
+        1,
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert spread("cuda", 2) == ["cuda"] * 2 and default_workers("cuda") == 6
