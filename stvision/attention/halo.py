@@ -75,20 +75,20 @@ class HaloAxis:
         """Keys padded before the axis, whole blocks, so that blocks stay where they are."""
         return -(-self.halo // self.block) * self.block
 
-    def index(self) -> Tensor:
+    def index(self, device: torch.device) -> Tensor:
         """(queries per block, window): row of the relative table for each query and each place.
 
         Key place in the window - query place among the block's queries + window - 1, as the
         released tables are indexed; with a stride the query places count queries, not keys.
         """
-        query = torch.arange(self.queries_per_block)
-        return torch.arange(self.window) - query[:, None] + self.window - 1
+        query = torch.arange(self.queries_per_block, device=device)
+        return torch.arange(self.window, device=device) - query[:, None] + self.window - 1
 
-    def index_by_residue(self) -> Tensor:
+    def index_by_residue(self, device: torch.device) -> Tensor:
         """(queries, window): the same, for keys named by their padded place modulo the window."""
-        first = self.before - self.halo + torch.arange(self.blocks) * self.block
-        place = (torch.arange(self.window) - first[:, None]) % self.window
-        rows = self.index()[:, None].expand(-1, self.blocks, -1)
+        first = self.before - self.halo + torch.arange(self.blocks, device=device) * self.block
+        place = (torch.arange(self.window, device=device) - first[:, None]) % self.window
+        rows = self.index(device)[:, None].expand(-1, self.blocks, -1)
         rows = rows.gather(2, place.expand(self.queries_per_block, -1, -1))
         return rows.transpose(0, 1).flatten(0, 1)[: self.queries]
 
@@ -101,11 +101,13 @@ def _pad(x: Tensor, before: Sequence[int], behind: Sequence[int]) -> Tensor:
     return F.pad(x, sizes) if any(sizes) else x
 
 
-def _inside(axes: Sequence[HaloAxis], before: Sequence[int], sides: Sequence[bool]) -> list[Tensor]:
+def _inside(
+    axes: Sequence[HaloAxis], before: Sequence[int], sides: Sequence[bool], device: torch.device
+) -> list[Tensor]:
     """Per axis, which padded keys may be seen; ``sides`` says where padding may not."""
     found = []
     for axis, first, hidden in zip(axes, before, sides, strict=True):
-        place = torch.arange(first + axis.length + axis.behind)
+        place = torch.arange(first + axis.length + axis.behind, device=device)
         real = (place >= first) & (place < first + axis.length)
         found.append(real if hidden else torch.ones_like(real))
     return found
@@ -114,7 +116,7 @@ def _inside(axes: Sequence[HaloAxis], before: Sequence[int], sides: Sequence[boo
 def _relative(query: Tensor, table: Tensor, rows: Tensor, a: int) -> Tensor:
     """What each place of axis ``a`` is worth to each query: (B, T, H, W, heads, window)."""
     letters = "thw"[a]
-    looked_up = table[rows.to(table.device)]
+    looked_up = table[rows]
     return torch.einsum(f"bthwnd,{letters}rd->bthwnr", query, looked_up.to(query.dtype))
 
 
@@ -139,7 +141,7 @@ def _neighborhood(
     for a, (axis, table) in enumerate(zip(axes, tables, strict=True)):
         if table is None:
             continue
-        worth = _relative(query, table, axis.index_by_residue(), a) * relative_scale
+        worth = _relative(query, table, axis.index_by_residue(table.device), a) * relative_scale
         code = torch.eye(axis.window, dtype=key.dtype, device=key.device)
         code = code[torch.arange(key.shape[a + 1], device=key.device) % axis.window]
         shape = [1] * 6
@@ -150,11 +152,12 @@ def _neighborhood(
     mask = None
     hidden = (True, mask_border, mask_border)
     if any(on and (p or r) for on, p, r in zip(hidden, before, behind, strict=True)):
+        inside = _inside(axes, before, hidden, key.device)
         t, h, w = (
             F.pad(x, (0, n - len(x)), value=False) if on else x.new_ones(n)
-            for x, n, on in zip(_inside(axes, before, hidden), key.shape[1:4], hidden, strict=True)
+            for x, n, on in zip(inside, key.shape[1:4], hidden, strict=True)
         )
-        seen = (t[:, None, None] & h[:, None] & w).to(key.device)
+        seen = t[:, None, None] & h[:, None] & w
         mask = seen.expand(len(key), -1, -1, -1)
     query_map: str | tuple[int, int, int] = cast(tuple[int, int, int], tuple(before))
     first = [p // axis.stride for axis, p in zip(axes, before, strict=True)]
@@ -216,19 +219,19 @@ def _windows(
     for a, (axis, table) in enumerate(zip(axes, tables, strict=True)):
         if table is None:
             continue
-        rows = axis.index()  # (queries along the axis, window)
+        rows = axis.index(table.device)  # (queries along the axis, window)
         view = [1, 1, 1]
         view[a] = sizes[a]
-        of_query = torch.arange(sizes[a]).view(view).expand(sizes).flatten()
-        looked_up = table[rows[of_query].to(table.device)].to(q.dtype)  # (queries, window, d)
+        of_query = torch.arange(sizes[a], device=table.device).view(view).expand(sizes).flatten()
+        looked_up = table[rows[of_query]].to(q.dtype)  # (queries, window, d)
         worth = torch.einsum("bxyzinc,ijc->bxyznij", q, looked_up) * relative_scale
         view = [1, 1, 1]
         view[a] = axis.window
         worth = worth.unflatten(-1, view).expand(*worth.shape[:-1], *shape).flatten(-3)
         scores = scores + worth
     hidden = (True, mask_border, mask_border)
-    t, h, w = _inside(axes, [a.halo for a in axes], hidden)
-    seen = (t[:, None, None] & h[:, None] & w)[None].to(key.device)
+    t, h, w = _inside(axes, [a.halo for a in axes], hidden, key.device)
+    seen = (t[:, None, None] & h[:, None] & w)[None]
     for a, axis in enumerate(axes):
         seen = seen.unfold(a + 1, axis.window, axis.block)
     seen = seen.flatten(4)[..., None, None, :]  # (1, nt, nh, nw, 1, 1, keys)
