@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -73,8 +73,8 @@ def measure(
 ) -> dict[str, Any]:
     """Forward and backward of a fresh classifier on random clips.
 
-    On a GPU the forward runs under autocast to bfloat16, and nothing is captured: what the host
-    takes counts too.
+    On a GPU the forward runs under autocast to bfloat16, and a step is timed as it is, with what the
+    host takes, and replayed as a CUDA graph, without.
 
     Args:
         mechanism: key of :data:`stvision.models.mechanism_classifier.MECHANISMS`.
@@ -90,7 +90,7 @@ def measure(
         seconds: stop repeating after so long; three steps are always measured.
 
     Returns:
-        ``ms``, ``peak_mib`` (what a step takes above what lay on the device before it; ``None`` on the
+        ``ms``, ``graph_ms`` (``None`` where a step cannot be captured), ``peak_mib`` (what a step takes above what lay on the device before it; ``None`` on the
         CPU), ``parameters``; or ``{"failed": why}``, ``"out of memory"`` among others.
     """
     where = torch.device(device)
@@ -112,10 +112,13 @@ def measure(
         clips = torch.randn(shape, device=where)
         parameters = list(model.parameters())
 
-        def step() -> None:
+        def compute() -> None:
             with torch.autocast(where.type, torch.bfloat16, enabled=cuda):
                 loss = model(clips).float().square().mean()
             torch.autograd.grad(loss, parameters, allow_unused=True)
+
+        def step() -> None:
+            compute()
             if cuda:
                 torch.cuda.synchronize()
 
@@ -140,6 +143,7 @@ def measure(
                 break
         return {
             "ms": median(times),
+            "graph_ms": _replayed(compute, where, repeats) if cuda else None,
             "peak_mib": peak,
             "parameters": count_parameters(model),
         }
@@ -151,6 +155,32 @@ def measure(
     finally:
         if cuda:
             torch.cuda.empty_cache()
+
+
+def _replayed(compute: Callable[[], None], device: torch.device, repeats: int) -> float | None:
+    """Median milliseconds of ``compute`` as a CUDA graph, ``None`` where it cannot be captured."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            compute()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                compute()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return None
+        times = []
+        for _ in range(2 + repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end))
+    return median(times[2:])
 
 
 def device_name(device: torch.device | str) -> str:
@@ -280,7 +310,8 @@ class MechanismTable:
         if "failed" in found:
             return OUT_OF_MEMORY if found["failed"] == OUT_OF_MEMORY else "failed"
         memory = "" if found["peak_mib"] is None else f", {found['peak_mib'] / 1024:.2f}"
-        return f"{found['ms']:.1f}{memory}"
+        graph = "" if found.get("graph_ms") is None else f" / {found['graph_ms']:.2f}"
+        return f"{found['ms']:.1f}{graph}{memory}"
 
     def _parameters(self, mechanism: str) -> str:
         counts = [r["parameters"] for k, r in self.times.items() if k.startswith(f"{mechanism}/")]
@@ -296,7 +327,8 @@ class MechanismTable:
             head.append(f"{TITLES[task]}, %")
             if task == "metaworld":
                 head.append("task alone, %")
-        unit = "ms, GiB" if memory else "ms"
+        graphs = any(found.get("graph_ms") is not None for found in self.times.values())
+        unit = ("ms / as a graph" if graphs else "ms") + (", GiB" if memory else "")
         head += [f"{size.replace('x', ' x ')}: {unit}" for size in self.sizes]
         lines = ["| " + " | ".join(head) + " |"]
         lines.append("| --- | --- |" + " ---: |" * (len(head) - 2))
@@ -342,6 +374,7 @@ class MechanismTable:
             )
         if self.times:
             counts = [found["parameters"] for found in self.times.values() if "parameters" in found]
+            graphs = any(found.get("graph_ms") is not None for found in self.times.values())
             spread = ""
             if counts:
                 spread = f"; {min(counts) / 1e3:.0f} to {max(counts) / 1e3:.0f} thousand parameters"
@@ -350,6 +383,7 @@ class MechanismTable:
                 "frames, rows and columns of tokens"
                 + _where(self.facts.get("timed on"))
                 + spread
+                + ("; as it is, and replayed as a CUDA graph, where it can be" if graphs else "")
                 + "; memory: greatest above what lay on the device before the step."
             )
         failed = [
@@ -393,7 +427,7 @@ class MechanismTable:
                 found = self.times.get(f"{name}/{size}", {})
                 if not values or "ms" not in found:
                     continue
-                mean, x = 100 * fmean(values), found["ms"]
+                mean, x = 100 * fmean(values), found.get("graph_ms") or found["ms"]
                 control = MECHANISMS[name].control
                 colour = "0.55" if control else f"C{list(MECHANISMS).index(name) % 7}"  # no greys
                 ends = [100 * min(values), 100 * max(values)]

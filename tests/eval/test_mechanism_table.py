@@ -29,7 +29,7 @@ def filled(path: Path | None = None) -> MechanismTable:
     table.times = {
         "full/16x28x28": {"failed": "out of memory"},
         "full/8x14x14": {"ms": 3.14, "peak_mib": 512.0, "parameters": 223_000},
-        "s4/16x28x28": {"ms": 20.0, "peak_mib": 2048.0, "parameters": 224_000},
+        "s4/16x28x28": {"ms": 20.0, "graph_ms": 7.126, "peak_mib": 2048.0, "parameters": 224_000},
     }
     table.facts["metaworld"] = {"tasks": 25, "scenes": 11, "train_clips": 9, "test_clips": 400}
     return table
@@ -39,12 +39,12 @@ def test_table_says_what_was_found() -> None:
     lines = filled().to_markdown().splitlines()
     assert lines[0] == (
         "| mechanism | a token sees | Meta-World, task and direction, % | task alone, % "
-        "| early cue, % | 8 x 14 x 14: ms, GiB | 16 x 28 x 28: ms, GiB |"
+        "| early cue, % | 8 x 14 x 14: ms / as a graph, GiB | 16 x 28 x 28: ms / as a graph, GiB |"
     )
     assert lines[2] == "| `full` | all tokens | 90.0 | 95.0 | 100.0 | 3.1, 0.50 | out of memory |"
     assert lines[3] == (
         "| `s4` | all earlier tokens | 62.5 (50.0 to 75.0) | 77.5 (75.0 to 80.0) | failed "
-        "|  | 20.0, 2.00 |"
+        "|  | 20.0 / 7.13, 2.00 |"
     )
     notes = "\n".join(lines[4:])
     assert "25 tasks in 11 shared scenes, 400 held-out clips" in notes
@@ -107,7 +107,7 @@ def test_plot_names_the_size_that_is_missing(tmp_path: Path) -> None:
 def test_a_step_is_measured() -> None:
     options = {"dim": 32, "depth": 1, "heads": 1}
     found = measure("conv", (2, 2, 3), device="cpu", batch=1, repeats=2, warmup=0, **options)
-    assert found["ms"] > 0 and found["peak_mib"] is None
+    assert found["ms"] > 0 and found["peak_mib"] is None and found["graph_ms"] is None
     assert found["parameters"] == count_parameters(MechanismClassifier("conv", 16, **options))
 
 
