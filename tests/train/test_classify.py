@@ -533,7 +533,12 @@ def test_a_killed_training_continues_exactly(world: Path) -> None:
     path = config(world, "killed", loop=loop, data=data, test_clips=0, **FULL)
     process = subprocess.Popen(
         [sys.executable, "-m", "stvision.train.classify", "--config", str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        # sums of as many parts as here
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            "ACCELERATE_USE_CPU": "1",
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
