@@ -131,7 +131,9 @@ def test_advice_names_options_that_exist(capsys: pytest.CaptureFixture) -> None:
 
 def test_wrong_input_of_several_lines_stays_one() -> None:
     assert explain(ValueError("first\n\n  second")) == "first second"
-    compiler = RuntimeError("backend='inductor' raised:\nKeyError: 'x'\n\nSet TORCHDYNAMO_VERBOSE=1")
+    compiler = RuntimeError(
+        "backend='inductor' raised:\nKeyError: 'x'\n\nSet TORCHDYNAMO_VERBOSE=1"
+    )
     assert explain(compiler).startswith("backend='inductor' raised: KeyError: 'x' (")
 
 
