@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stvision.datasets.labelled import (
+    checked_fold,
     checked_share,
     checked_split,
     first_folder,
@@ -103,8 +104,7 @@ class Breakfast(ClipDataset):
     ) -> None:
         folder = Path(root)
         name = checked_split(split)
-        if fold not in TEST_PEOPLE:
-            raise ValueError(f"fold is {fold!r}; allowed are 1, 2, 3, 4")
+        checked_fold(fold, TEST_PEOPLE)
         if level not in ("activity", "step"):
             raise ValueError(f"level is {level!r}; allowed are activity, step")
         if not channels or not set(channels) <= {0, 1}:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from stvision.datasets.labelled import (
+    checked_fold,
     checked_share,
     checked_split,
-    first_folder,
     held_out,
     sentence_of,
+    video_home,
     videos_below,
 )
 from stvision.datasets.records import ClipDataset, Entry, Tally
@@ -73,8 +74,7 @@ class HMDB51(ClipDataset):
     ) -> None:
         folder = Path(root)
         name = checked_split(split)
-        if fold not in (1, 2, 3):
-            raise ValueError(f"fold is {fold!r}; allowed are 1, 2, 3")
+        checked_fold(fold, (1, 2, 3))
         checked_share(validation, name, "HMDB-51")
         bases = [Path(annotations)] if annotations else [folder / f for f in _LIST_FOLDERS]
         ending = f"_test_split{fold}.txt"
@@ -83,10 +83,7 @@ class HMDB51(ClipDataset):
             raise FileNotFoundError(
                 f"no <class>{ending} in {', '.join(str(base) for base in bases)}"
             )
-        places = [Path(videos)] if videos else [folder / f for f in _VIDEO_FOLDERS]
-        home = first_folder(places) if videos else first_folder([*places, folder])
-        if home is None:
-            raise FileNotFoundError(f"no folder of videos {', '.join(str(p) for p in places)}")
+        home = video_home(folder, videos, _VIDEO_FOLDERS)
 
         by_class = {file.name.removesuffix(ending): file for file in lists}
         self.class_names = tuple(sorted(by_class))

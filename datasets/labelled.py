@@ -92,6 +92,31 @@ def first_folder(places: Iterable[Path]) -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
+def checked_fold(fold: int, allowed: Iterable[int]) -> int:
+    """The fold of a collection that publishes several.
+
+    Raises:
+        ValueError: it is none of those allowed.
+    """
+    numbers = tuple(allowed)
+    if fold not in numbers:
+        raise ValueError(f"fold is {fold!r}; allowed are {', '.join(map(str, numbers))}")
+    return fold
+
+
+def video_home(root: Path, given: str | os.PathLike[str] | None, names: Iterable[str]) -> Path:
+    """Folder of a collection's videos: the given one, else one of these below its root, or the root.
+
+    Raises:
+        FileNotFoundError: none of them is a folder.
+    """
+    places = [Path(given)] if given else [*(root / name for name in names), root]
+    home = first_folder(places)
+    if home is None:
+        raise FileNotFoundError(f"no folder of videos {', '.join(str(p) for p in places)}")
+    return home
+
+
 def videos_below(folder: Path) -> dict[str, Path]:
     """Every video at any depth, by its path below the folder with ``/``; hidden files left out."""
     found = {}

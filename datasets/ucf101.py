@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from stvision.datasets.labelled import (
+    checked_fold,
     checked_share,
     checked_split,
-    first_folder,
     held_out,
     read_class_names,
     sentence_of,
+    video_home,
     videos_below,
 )
 from stvision.datasets.records import ClipDataset, Entry, Tally
@@ -65,8 +66,7 @@ class UCF101(ClipDataset):
     ) -> None:
         folder = Path(root)
         name = checked_split(split)
-        if fold not in (1, 2, 3):
-            raise ValueError(f"fold is {fold!r}; allowed are 1, 2, 3")
+        checked_fold(fold, (1, 2, 3))
         checked_share(validation, name, "UCF-101")
         bases = [Path(annotations)] if annotations else [folder / f for f in _LIST_FOLDERS]
         listed = f"{'test' if name == 'test' else 'train'}list{fold:02d}.txt"
@@ -75,10 +75,7 @@ class UCF101(ClipDataset):
             raise FileNotFoundError(f"no {listed} in {', '.join(str(base) for base in bases)}")
         self.class_names = read_class_names(base / "classInd.txt")
         numbers = {label: number for number, label in enumerate(self.class_names)}
-        places = [Path(videos)] if videos else [folder / f for f in _VIDEO_FOLDERS]
-        home = first_folder(places) if videos else first_folder([*places, folder])
-        if home is None:
-            raise FileNotFoundError(f"no folder of videos {', '.join(str(p) for p in places)}")
+        home = video_home(folder, videos, _VIDEO_FOLDERS)
 
         rows = _read_list(base / listed, numbers)
         groups = {stem: (label, _group(stem)) for label, stem in rows}

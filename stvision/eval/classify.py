@@ -114,14 +114,9 @@ class ClassificationReport:
             panel.set_xticks(range(count), self.class_names, rotation=90, fontsize=7)
             panel.set_yticks(range(count), self.class_names, fontsize=7)
         figure.colorbar(image, shrink=0.7, label="share of the class's clips")
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{os.getpid()}.{target.name}")
-        try:
-            figure.savefig(temporary, dpi=120)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        from stvision.eval.report import write_figure
+
+        write_figure(path, figure)
 
     def write_json(self, path: Path) -> None:
         """Write :meth:`to_dict`, atomically."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from stvision.eval.report import write_text
+from stvision.eval.report import write_figure, write_text
 from stvision.models.mechanism_classifier import (
     MECHANISMS,
     STRIDE,
@@ -444,8 +444,7 @@ class MechanismTable:
             panel.set_title(TITLES[task], fontsize=10)
             panel.grid(alpha=0.3)
             panel.axhline({"metaworld": 50, "early-cue": 25}[task], color="0.7", linestyle=":")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        write_figure(path, figure, dpi=110)
 
     def write_docs(self, path: str | os.PathLike[str]) -> None:
         """Put the table, and the plot into ``images`` beside, between the marks of a document.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stvision.eval.bootstrap import Estimate, bootstrap_mean
 from stvision.eval.metrics import flicker, ssim
-from stvision.eval.report import write_text
+from stvision.eval.report import write_figure, write_text
 from stvision.optional import require
 
 Method = Literal["auto", "farneback", "raft"]
@@ -320,14 +320,7 @@ class MotionReport:
             panel.set_xticks(range(len(columns)), columns)
             panel.set_xlim(-0.5, len(columns) - 0.5)
             panel.set_title(MEASURES[name], fontsize=9)
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{os.getpid()}.{target.name}")
-        try:
-            figure.savefig(temporary, dpi=120)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_figure(path, figure)
 
 
 def measure_motion(

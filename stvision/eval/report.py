@@ -181,6 +181,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     os.replace(temporary, target)
 
 
+def write_figure(path: str | os.PathLike[str], figure: Any, dpi: int = 120) -> None:
+    """Write a picture of matplotlib under a temporary name and move it into place."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # the name's end says which format
+    temporary = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        figure.savefig(temporary, dpi=dpi)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _cell(estimate: Estimate | None, digits: int) -> str:
     if estimate is None:
         return ""
