@@ -101,6 +101,15 @@ def _both(half: Tensor) -> Tensor:
     return torch.cat([half, half.conj()], dim=-1)
 
 
+def _solve(a: Tensor, b: Tensor) -> Tensor:
+    """Solve ``a x = b`` for columns, without asking the device whether ``a`` is singular.
+
+    The question waits for the device, which a CUDA graph refuses; the real parts of the modes are
+    negative, so no matrix here is.
+    """
+    return torch.linalg.solve_ex(a, b, check_errors=False).result
+
+
 def _dense(w: Tensor, b: Tensor, c: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     """Discrete A (C, N, N) and B (C, N) of the arguments of :func:`s4_kernel`."""
     inputs, p = _both(b[:, 0]), _both(b[:, 1])
@@ -109,7 +118,7 @@ def _dense(w: Tensor, b: Tensor, c: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]
     half = a * (dt / 2)[:, None, None]
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     right = torch.cat([eye + half, (inputs * dt[:, None])[..., None]], dim=-1)
-    solved = torch.linalg.solve(eye - half, right)
+    solved = _solve(eye - half, right)
     return solved[..., :-1], solved[..., -1]
 
 
@@ -126,7 +135,7 @@ def s4_matrices(w: Tensor, b: Tensor, c: Tensor, dt: Tensor, length: int) -> S4M
     a, inputs = _dense(w, b, c, dt)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     wanted = eye - torch.linalg.matrix_power(a, length)
-    outputs = torch.linalg.solve(wanted.mT, _both(c[:, 0]).conj())
+    outputs = _solve(wanted.mT, _both(c[:, 0]).conj()[..., None])[..., 0]
     return S4Matrices(a, inputs, outputs)
 
 
