@@ -20,7 +20,7 @@ from torch import Tensor
 from stvision.eval.bootstrap import Estimate, bootstrap_mean
 from stvision.eval.metrics import flicker, ssim
 from stvision.eval.report import write_figure, write_text
-from stvision.optional import require
+from stvision.optional import mend_torchvision, require
 
 Method = Literal["auto", "farneback", "raft"]
 FlowName = Literal["farneback", "raft"]
@@ -48,6 +48,7 @@ def _check_clip(frames: Tensor) -> Tensor:
 
 def raft_weights() -> Path | None:
     """Weights of torchvision's small RAFT, when torchvision and they are on this machine."""
+    mend_torchvision()
     try:
         require("torchvision.models.optical_flow", extra="vision", distribution="torchvision")
     except ImportError:

@@ -1,6 +1,9 @@
 """The motion report on clips whose motion is known."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -135,6 +138,27 @@ def test_command(tmp_path, capsys):
     write_video(moving((0, 1)), tmp_path / "b" / "third.mp4", fps=8)
     status, shown = motion(tmp_path / "a", "--against", tmp_path / "b")
     assert status == 2 and "no names are in both" in shown.err
+
+
+def test_raft_is_found_and_runs_beside_any_torchvision(tmp_path):
+    """In a process of its own, where nothing has mended a torchvision of another build before."""
+    models = pytest.importorskip("torchvision.models.optical_flow", reason="torchvision is missing")
+    weights = tmp_path / "hub" / "checkpoints" / "raft_small_random.pth"
+    weights.parent.mkdir(parents=True)
+    torch.save(models.raft_small(weights=None).state_dict(), weights)
+    code = (
+        "import torch; from stvision.eval.motion import choose_flow, optical_flow;"
+        "assert choose_flow() == 'raft', choose_flow();"
+        "print(tuple(optical_flow(torch.rand(2, 20, 30, 3), 'raft').shape))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TORCH_HOME": str(tmp_path)},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "(1, 20, 30, 2)", done.stderr[-2000:]
 
 
 def test_bad_input():
