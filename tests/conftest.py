@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 import torch
 
+from stvision.optional import mend_torchvision
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -23,6 +25,10 @@ def _older(distribution: str, than: tuple[int, int]) -> bool:
 # interpreter before 3.7 takes arrays of one element for numbers, which NumPy 2.4 refuses.
 if not torch.cuda.is_available() and not (_older("triton", (3, 7)) and not _older("numpy", (2, 4))):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Some tests import diffusers or transformers before this project, and a torchvision of another build
+# than torch would take those with it.
+mend_torchvision()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
