@@ -13,9 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from stvision.layers import TEMPORAL_HEADS
 from stvision.layers.vision import DropPath, drop_path_rates
-from stvision.models.backbones import BACKBONES, create_backbone
+from stvision.models.backbones import BACKBONES, backbone_options, create_backbone
 from stvision.models.halonet import HALONET_MODELS, HaloStage
+from stvision.models.surface import check_options, option_names
 from stvision.models.two_stream import TwoStream
 
 CONFIG = "config.json"
@@ -26,7 +28,7 @@ KIND = "stvision video classifier"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-#: names beside those of :data:`BACKBONES`; it reads frames alone
+#: a name beside those of :data:`BACKBONES`, for weights that a library of image backbones brings
 TWO_STREAM = "two-stream"
 
 
@@ -41,11 +43,11 @@ def build_network(
 
     Args:
         backbone: a key of :data:`stvision.models.backbones.BACKBONES`, or ``"two-stream"`` for
-            :class:`stvision.models.two_stream.TwoStream` on frames alone.
+            :class:`stvision.models.two_stream.TwoStream` with all its arguments as options.
         num_classes: outputs of its head.
         frames: T of the clips that it is made for.
         options: further arguments of the model's class, as plain data. HaloNet's ``stages`` may be
-            lists such as ``["ccch", 512, 2, 8]``.
+            lists such as ``["ccch", 512, 2, 8]``. Two streams read frames alone.
         pretrained: see :func:`stvision.models.backbones.create_backbone`; not for ``"two-stream"``,
             whose image backbones have ``pretrained`` among the options.
 
@@ -57,6 +59,12 @@ def build_network(
     if backbone != TWO_STREAM and backbone not in BACKBONES:
         known = ", ".join([*sorted(BACKBONES), TWO_STREAM])
         raise ValueError(f"backbone must be one of {known}, got {backbone!r}")
+    check_options(backbone, given, _allowed_options(backbone, given))
+    if given.get("flow_backbone") is not None:
+        raise ValueError(
+            "options.flow_backbone must be none, for a classifier is given frames alone; got "
+            f"{given['flow_backbone']!r}"
+        )
     try:
         if backbone == TWO_STREAM:
             if pretrained is not None:
@@ -75,6 +83,14 @@ def build_network(
     except TypeError as error:
         names = ", ".join(given) or "none"
         raise ValueError(f"options of {backbone!r} ({names}) do not fit: {error}") from error
+
+
+def _allowed_options(backbone: str, given: Mapping[str, Any]) -> list[str]:
+    if backbone != TWO_STREAM:
+        return backbone_options(backbone)
+    head = given.get("head", "ts-lstm")
+    inner = [TEMPORAL_HEADS[head]] if head in TEMPORAL_HEADS else list(TEMPORAL_HEADS.values())
+    return option_names(TwoStream, *inner, without=("num_classes", "in_chans"))
 
 
 def set_drop_path(net: nn.Module, rate: float) -> None:

@@ -4,7 +4,8 @@ Inside, a grid is (B, T, H, W, C); an image is a clip of one frame whose axis T 
 the way out.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,44 @@ def asked_stages(indices: int | Sequence[int] | None, count: int) -> list[int]:
     if any(not -count <= i < count for i in asked):
         raise ValueError(f"indices={asked} must lie between {-count} and {count - 1}")
     return [i % count for i in asked]
+
+
+def option_names(*classes: type[nn.Module], without: Iterable[str] = ()) -> list[str]:
+    """Names of the arguments of classes of which the first hands what it does not take to the next.
+
+    Args:
+        classes: a model's class, then those that get what its ``**options`` hold.
+        without: names that are no options, such as what a builder gives itself.
+
+    Returns:
+        The names, sorted.
+    """
+    found = {
+        name
+        for cls in classes
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    return sorted(found.difference(without))
+
+
+def check_options(backbone: str, given: Iterable[str], allowed: Sequence[str]) -> None:
+    """Refuse options that a backbone does not have.
+
+    Args:
+        backbone: its name.
+        given: names of options.
+        allowed: see :func:`option_names`.
+
+    Raises:
+        ValueError: one of them is not allowed.
+    """
+    unknown = sorted(set(given).difference(allowed))
+    if unknown:
+        raise ValueError(
+            f"options of backbone {backbone!r} must be among {', '.join(allowed)}, "
+            f"got {', '.join(unknown)}"
+        )
 
 
 class Stage(nn.Module):

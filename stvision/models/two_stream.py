@@ -5,37 +5,46 @@ Temporal-Inception (Ma et al. 2017). The published setting takes 25 frames equal
 video, ResNet-101 for both streams and stacks of 10 flow fields (20 channels); its heads were trained
 by Adam: TS-LSTM at 0.0001, batches of 64, 100 epochs, gradients clipped at 5; Temporal-Inception at
 0.00005, batches of 16, 30 epochs, L2 of 0.1, a tenth of the rate every 10 epochs.
+
+Image weights start the backbones of both streams: the features of each frame are those of its image,
+and the first convolution's weights are shared out over the channels of flow. The head is fresh.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from stvision.layers import TEMPORAL_HEADS
+from stvision.layers import TEMPORAL_HEADS, TemporalInception
 from stvision.models.surface import asked_stages
-from stvision.models.weights import adapt_input_channels
+from stvision.models.weights import adapt_input_channels, load_backbone, read_weights
 from stvision.optional import mend_torchvision, require
 
 SOURCES = ("stvision", "timm", "torchvision")
 
 
 def image_features(
-    name: str, pretrained: bool | str = False, in_chans: int = 3
+    name: str, pretrained: bool | str | Path = False, in_chans: int = 3
 ) -> tuple[nn.Module, int]:
     """A network from images (N, in_chans, H, W) to pooled features (N, D), and D.
 
     Args:
         name: ``"timm:resnet101"``, ``"torchvision:resnet101"`` or ``"stvision:davit_tiny"``.
-        pretrained: ``True`` for the weights that timm or torchvision bring; for ``stvision:`` a
-            file, a folder or ``owner/name`` of a hub repository.
+        pretrained: weights in the layout of the source: a file, a folder or ``owner/name`` of a hub
+            repository. ``True`` for those that timm or torchvision bring, which they download.
         in_chans: channels; the first convolution's weights are summed or shared out.
 
     Raises:
-        ValueError: an unknown source, or a network whose last layer is not found.
+        ValueError: an unknown source or network, one whose last layer is not found, or weights that
+            do not fit.
+        FileNotFoundError: ``pretrained`` names nothing that exists.
         ImportError: the source is not installed; the sentence says how to install it.
     """
+    weights = None if isinstance(pretrained, bool) else pretrained
+    brought = pretrained is True
     source, _, model = name.partition(":")
     if source not in SOURCES or not model:
         raise ValueError(
@@ -46,27 +55,48 @@ def image_features(
     if source == "stvision":
         from stvision.models.backbones import create_backbone
 
-        if isinstance(pretrained, bool) and pretrained:
+        if brought:
             raise ValueError("pretrained of a stvision backbone must name its weights, got True")
-        weights = pretrained if isinstance(pretrained, str) else None
         net = create_backbone(model, weights, in_chans=in_chans, num_classes=0)
         return net, cast(int, net.num_features)
     mend_torchvision()
     if source == "timm":
         timm = require("timm", extra="vision")
-        net = timm.create_model(
-            model, pretrained=bool(pretrained), in_chans=in_chans, num_classes=0
-        )
-        return net, int(net.num_features)
+        if not timm.is_model(model):
+            raise ValueError(f"backbone {name!r} is no network that timm {timm.__version__} has")
+        net = timm.create_model(model, pretrained=brought, in_chans=in_chans, num_classes=0)
+        if weights is not None:
+            _load(net, weights, net.pretrained_cfg.get("classifier") or ())
+        # some narrow or widen what they pooled
+        return net, int(getattr(net, "head_hidden_size", net.num_features))
     models = require("torchvision.models", extra="vision", distribution="torchvision", pinned=True)
-    net = models.get_model(model, weights="DEFAULT" if pretrained else None)
-    dim = _cut_classifier(net, name)
+    if model not in models.list_models():
+        raise ValueError(f"backbone {name!r} is no network that torchvision has")
+    net = models.get_model(model, weights="DEFAULT" if brought else None)
+    classifier, dim = _cut_classifier(net, name)
     _set_input_channels(net, in_chans)
+    if weights is not None:
+        _load(net, weights, classifier)
     return net, dim
 
 
-def _cut_classifier(net: nn.Module, name: str) -> int:
-    """Take off the last linear layer of a torchvision model; its number of inputs."""
+def _load(net: nn.Module, source: str | Path, classifiers: str | Sequence[str]) -> None:
+    """Load a library's own file into its network, whose classifiers are off."""
+    names = [classifiers] if isinstance(classifiers, str) else classifiers
+    ends = tuple(f"{name}." for name in names)
+    state = {key: x for key, x in read_weights(source).items() if not key.startswith(ends)}
+    # files older than the counter of batch norms lack it
+    first, fresh = _first_conv(net), ("num_batches_tracked",)
+    load_backbone(net, state, first_conv=first, head="", fresh=fresh)
+
+
+def _first_conv(net: nn.Module) -> str:
+    """Name of the first convolution; empty where there is none."""
+    return next((key for key, x in net.named_modules() if isinstance(x, nn.Conv2d)), "")
+
+
+def _cut_classifier(net: nn.Module, name: str) -> tuple[str, int]:
+    """Take off the last linear layer of a torchvision model; its name and number of inputs."""
     path, last = "", None
     for key, module in net.named_modules():
         if isinstance(module, nn.Linear):
@@ -74,28 +104,28 @@ def _cut_classifier(net: nn.Module, name: str) -> int:
     if last is None or path.split(".")[0] not in {"fc", "classifier", "head", "heads"}:
         raise ValueError(f"{name} ends in no linear classifier that could be taken off")
     net.set_submodule(path, nn.Identity())
-    return last.in_features
+    return path, last.in_features
 
 
 def _set_input_channels(net: nn.Module, in_chans: int) -> None:
-    for key, conv in net.named_modules():
-        if isinstance(conv, nn.Conv2d):
-            if conv.in_channels != in_chans:
-                other = nn.Conv2d(
-                    in_chans,
-                    conv.out_channels,
-                    cast(Any, conv.kernel_size),
-                    cast(Any, conv.stride),
-                    cast(Any, conv.padding),
-                    cast(Any, conv.dilation),
-                    bias=conv.bias is not None,
-                )
-                with torch.no_grad():
-                    other.weight.copy_(adapt_input_channels(conv.weight, in_chans))
-                    if conv.bias is not None:
-                        cast(Tensor, other.bias).copy_(conv.bias)
-                net.set_submodule(key, other)
-            return
+    key = _first_conv(net)
+    conv = net.get_submodule(key) if key else None
+    if not isinstance(conv, nn.Conv2d) or conv.in_channels == in_chans:
+        return
+    other = nn.Conv2d(
+        in_chans,
+        conv.out_channels,
+        cast(Any, conv.kernel_size),
+        cast(Any, conv.stride),
+        cast(Any, conv.padding),
+        cast(Any, conv.dilation),
+        bias=conv.bias is not None,
+    )
+    with torch.no_grad():
+        other.weight.copy_(adapt_input_channels(conv.weight, in_chans))
+        if conv.bias is not None:
+            cast(Tensor, other.bias).copy_(conv.bias)
+    net.set_submodule(key, other)
 
 
 def stack_flow(flow: Tensor, length: int = 10) -> Tensor:
@@ -130,7 +160,7 @@ class TwoStream(nn.Module):
         head: ``"ts-lstm"`` or ``"temporal-inception"``.
         num_classes: outputs; 0 for none.
         flow_backbone: like ``backbone``, of the flow; ``None`` for frames alone.
-        pretrained: of the named backbones.
+        pretrained: of the named backbones, one for both, see :func:`image_features`.
         in_chans: channels of frames.
         flow_chans: channels of flow.
         frozen: keep the backbones as they are, in evaluation mode and without gradients.
@@ -149,7 +179,7 @@ class TwoStream(nn.Module):
         num_classes: int = 101,
         *,
         flow_backbone: str | nn.Module | None = None,
-        pretrained: bool | str = False,
+        pretrained: bool | str | Path = False,
         in_chans: int = 3,
         flow_chans: int = 20,
         frozen: bool = True,
@@ -320,3 +350,61 @@ class TwoStream(nn.Module):
         pairs = zip(clips, [None] * len(clips) if flows is None else flows, strict=True)
         scores = [self(clip, flow).softmax(-1) for clip, flow in pairs]
         return torch.stack(scores).mean(0)
+
+
+#: name in configurations -> head
+TWO_STREAM_HEADS = {f"two_stream_{head.replace('-', '_')}": head for head in TEMPORAL_HEADS}
+
+_PARTS = ("backbone.", "flow_backbone.", "head.")
+
+
+def _builder(name: str) -> Callable[..., TwoStream]:
+    head = TWO_STREAM_HEADS[name]
+
+    def build(
+        pretrained: str | Path | None = None, frames: int | None = None, **options: Any
+    ) -> TwoStream:
+        least, most = options.get("segments", 3), math.inf  # of TS-LSTM
+        if head == "temporal-inception":  # whose modules come down to one step
+            least = math.prod(TemporalInception.pools)
+            most = 2 * least - 1
+        if frames is None or not least <= frames <= most:
+            allowed = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            raise ValueError(
+                f"frames of {name}, which reads clips, must be {allowed}, got {frames}"
+            )
+        whole = None
+        if pretrained is not None:
+            state = read_weights(pretrained)
+            if all(key.startswith(_PARTS) for key in state):
+                whole = state
+            elif isinstance(options.get("backbone"), nn.Module):
+                raise ValueError(
+                    f"pretrained must hold the whole model where backbone is a module, got "
+                    f"{str(pretrained)!r}"
+                )
+        images = pretrained if pretrained is not None and whole is None else False
+        model = TwoStream(head=head, pretrained=images, **options)
+        if whole is not None:
+            first = f"backbone.{_first_conv(model.backbone)}"
+            load_backbone(model, whole, first_conv=first)
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"""A frozen ResNet-101 of timm, read over time by the head ``{head}``.
+
+    Args:
+        pretrained: weights of the image backbone in its own layout, which start that of flow too, or
+            of the whole model in this project's keys: a file, a folder or ``owner/name`` of a hub
+            repository.
+        frames: of the clips, spread over the video; as published 25.
+        options: arguments of :class:`TwoStream` and of its head that differ, such as ``backbone``
+            and, for clips with flow, ``flow_backbone``.
+    """
+    return build
+
+
+#: name -> function ``(pretrained=None, frames=None, **options)``
+TWO_STREAM_MODELS: dict[str, Callable[..., TwoStream]] = {
+    name: _builder(name) for name in TWO_STREAM_HEADS
+}

@@ -61,7 +61,7 @@ class ClassifyConfig:
     """Names of the classes in the order of the scores; sorted from the training split when empty."""
     backbone: str = "davit_tiny"
     """Name of a backbone of `create_backbone`, or `two-stream` for a head over time on an image
-    backbone that `options` names."""
+    backbone whose name and weights are among `options`."""
     pretrained: str | None = None
     """Image weights that the backbone starts from: a file, a folder or owner/name of a hub
     repository."""

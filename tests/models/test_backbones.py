@@ -1,5 +1,6 @@
 """What all backbones have in common: the catalogue, timm's surface, gradients, dtypes, compilation."""
 
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stvision.models import biformer, davit, halonet, nat
-from stvision.models.backbones import BACKBONES, create_backbone
+from stvision.models.backbones import _CLASSES, BACKBONES, backbone_options, create_backbone
 from stvision.models.surface import Head
 from stvision.models.weights import adapt_input_channels, read_weights
 
@@ -203,8 +204,10 @@ def test_half_precision_and_autocast(name: str, frames: int | None) -> None:
 
 def test_catalogue_builds_by_name() -> None:
     for name, build in BACKBONES.items():
+        # its default is a network of timm, which is optional
+        options = {"backbone": "stvision:halonet26t"} if name.startswith("two_stream") else {}
         with torch.device("meta"):
-            model = create_backbone(name, in_chans=2, num_classes=3, frames=4)
+            model = create_backbone(name, in_chans=2, num_classes=3, frames=24, **options)
         first = next(m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
         assert first.in_channels == 2
         assert model.get_classifier().out_features == model.num_classes == 3
@@ -217,6 +220,31 @@ def test_catalogue_builds_by_name() -> None:
             create_backbone("davit_tiny", frames=frames)
     with pytest.raises(ValueError, match="in_chans must be at least 1"):
         create_backbone("davit_tiny", in_chans=0)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_unknown_options_are_one_sentence(name: str) -> None:
+    allowed = backbone_options(name)
+    with pytest.raises(ValueError) as caught:
+        create_backbone(name, frames=24, depht=3, **{allowed[0]: None, "fraems": 2})
+    assert str(caught.value) == (
+        f"options of backbone {name!r} must be among {', '.join(allowed)}, got depht, fraems"
+    )
+
+
+@pytest.mark.parametrize("name", {classes: name for name, classes in _CLASSES.items()}.values())
+def test_all_options_that_are_allowed_are_taken(name: str) -> None:
+    """Of one backbone of each family, all at once, each with the value that its class has for it."""
+    defaults: dict[str, object] = {}
+    for cls in reversed(_CLASSES[name]):
+        parameters = inspect.signature(cls).parameters.items()
+        defaults |= {key: p.default for key, p in parameters if p.default is not p.empty}
+    options = {key: defaults[key] for key in backbone_options(name) if key in defaults}
+    if name.startswith("two_stream"):
+        options["backbone"] = "stvision:halonet26t"
+    with torch.device("meta"):
+        model = create_backbone(name, num_classes=3, frames=24, **options)
+    assert model.num_classes == 3 and len(options) >= len(backbone_options(name)) - 4
 
 
 def test_the_documents_table_is_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:

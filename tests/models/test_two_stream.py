@@ -1,10 +1,16 @@
 """Two-stream model: features beside one another, frozen backbones, flow stacks, averaged scores."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from stvision.models.two_stream import TwoStream, image_features, stack_flow
+from stvision.layers import TSLSTM, TemporalInception
+from stvision.models.backbones import create_backbone
+from stvision.models.two_stream import TWO_STREAM_MODELS, TwoStream, image_features, stack_flow
+from stvision.models.weights import adapt_input_channels
 
 
 class Pool(nn.Module):
@@ -112,12 +118,14 @@ def test_backbone_of_this_project() -> None:
         assert net(torch.randn(1, 2, 32, 32)).shape == (1, 768)
 
 
+@pytest.mark.parametrize(("name", "width"), [("resnet18", 512), ("mobilenetv3_small_050", 1024)])
 @pytest.mark.parametrize("channels", [3, 20])
-def test_backbones_of_timm(channels: int) -> None:
+def test_backbones_of_timm(name: str, width: int, channels: int) -> None:
+    """The second widens what it has pooled."""
     pytest.importorskip("timm", reason="timm (extra `vision`) is missing")
-    net, dim = image_features("timm:resnet18", in_chans=channels)
+    net, dim = image_features(f"timm:{name}", in_chans=channels)
     with torch.no_grad():
-        assert net.eval()(torch.randn(1, channels, 40, 40)).shape == (1, dim) == (1, 512)
+        assert net.eval()(torch.randn(1, channels, 40, 40)).shape == (1, dim) == (1, width)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
@@ -136,6 +144,111 @@ def test_backbones_of_torchvision(name: str) -> None:
     wide, _ = image_features(f"torchvision:{name}", in_chans=20)
     with torch.no_grad():
         assert wide.eval()(torch.randn(1, 20, 40, 40)).shape == (1, dim)
+
+
+def peer(source: str) -> tuple[str, nn.Module, Any]:
+    """Name of a backbone, a network of it with a classifier, and its pooled features of images."""
+    torch.manual_seed(0)
+    if source == "stvision":
+        net: Any = create_backbone("convs5_small", num_classes=7)
+
+        def pooled(x: Tensor) -> Tensor:
+            return net.forward_head(net.forward_features(x), pre_logits=True)
+
+        return "stvision:convs5_small", net.eval(), pooled
+    if source == "timm":
+        timm = pytest.importorskip("timm", reason="timm (extra `vision`) is missing")
+        net = timm.create_model("resnet18", num_classes=7)
+    else:
+        models = pytest.importorskip("torchvision.models", reason="torchvision is missing")
+        net = models.resnet18(num_classes=7)
+    for module in net.modules():  # as after training
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    body = nn.Sequential(*list(net.eval().children())[:-1], nn.Flatten())  # all but fc
+    return f"{source}:resnet18", net, body
+
+
+@pytest.mark.parametrize("source", ["stvision", "timm", "torchvision"])
+def test_image_weights_start_both_streams_by_name(source: str, tmp_path: Path) -> None:
+    name, net, pooled = peer(source)
+    path = tmp_path / "image.pth"
+    torch.save({"state_dict": net.state_dict()}, path)
+    options = {"backbone": name, "frames": 3, "num_classes": 5, "hidden": 8}
+    made: Any = create_backbone("two_stream_ts_lstm", path, flow_backbone=name, **options).eval()
+    x, flow = torch.randn(2, 3, 3, 32, 32), torch.randn(2, 20, 3, 32, 32)
+    with torch.no_grad():
+        features = made.forward_features(x, flow)
+        wanted = torch.stack([pooled(frame) for frame in x.unbind(2)], 1)
+        assert (features[..., : wanted.shape[-1]] - wanted).abs().max() < 1e-5
+        assert made(x, flow).shape == (2, 5)
+    for stream, chans in ((made.backbone, 3), (made.flow_backbone, 20)):
+        ours, theirs = next(p for p in stream.parameters() if p.ndim == 4), net.state_dict()
+        first = next(p for p in net.parameters() if p.ndim == 4)
+        assert torch.equal(ours, adapt_input_channels(first, chans)) and not ours.requires_grad
+        rest = {k: v for k, v in stream.state_dict().items() if v.shape != ours.shape}
+        assert all(torch.equal(v, theirs[k]) for k, v in rest.items())
+    grey: Any = create_backbone("two_stream_ts_lstm", path, in_chans=1, **options).eval()
+    with torch.no_grad():
+        same = grey.forward_features(x[:, :1])
+        wanted = pooled(x[:, :1, 0].expand(-1, 3, -1, -1))
+    assert (same[:, 0] - wanted).abs().max() < 1e-4
+
+    torch.save(dict(list(net.state_dict().items())[4:]), path)
+    with pytest.raises(ValueError, match="weights do not fit .*: missing"):
+        create_backbone("two_stream_ts_lstm", path, **options)
+
+
+@pytest.mark.parametrize("name", TWO_STREAM_MODELS)
+def test_whole_models_are_read_back_by_name(name: str, tmp_path: Path) -> None:
+    options = {"backbone": "stvision:convs5_small", "frames": 25, "hidden": 8}
+    source: Any = create_backbone(name, num_classes=5, **options).eval()
+    torch.save(source.state_dict(), tmp_path / "whole.pth")
+    x = torch.randn(1, 3, 25, 16, 16)
+    again: Any = create_backbone(name, tmp_path / "whole.pth", num_classes=5, **options).eval()
+    with torch.no_grad():
+        assert torch.equal(again(x), source(x))
+        other: Any = create_backbone(name, tmp_path / "whole.pth", num_classes=4, **options).eval()
+        features = source.forward_features(x)
+        assert torch.equal(other.forward_head(features, True), source.forward_head(features, True))
+        assert other(x).shape == (1, 4)
+        grey: Any = create_backbone(
+            name, tmp_path / "whole.pth", in_chans=1, num_classes=5, **options
+        )
+        same = source(x[:, :1].expand(-1, 3, -1, -1, -1))
+        assert (grey.eval()(x[:, :1]) - same).abs().max() < 1e-4 * same.abs().max().clamp_min(1)
+    with pytest.raises(ValueError, match="weights do not fit TwoStream: .*missing flow_backbone"):
+        flow = {"flow_backbone": "stvision:convs5_small"}
+        create_backbone(name, tmp_path / "whole.pth", num_classes=5, **flow, **options)
+
+
+def test_names_take_modules_and_their_own_frames(tmp_path: Path) -> None:
+    made: Any = create_backbone("two_stream_ts_lstm", frames=3, backbone=Pool(3, 4), dim=4)
+    assert made.num_classes == 101 and made.num_features == 4  # UCF-101's
+    assert isinstance(made.head, TSLSTM)
+    made = create_backbone("two_stream_temporal_inception", frames=24, backbone=Pool(3, 4), dim=4)
+    assert isinstance(made.head, TemporalInception) and made.head.pools == (2, 2, 2, 3)
+    assert create_backbone("two_stream_ts_lstm", frames=2, segments=2, backbone=Pool(3, 4), dim=4)
+    torch.save(Pool(3, 4).state_dict(), tmp_path / "pool.pth")
+    calls = [
+        ("ts_lstm", {}, "frames of two_stream_ts_lstm, .* clips, must be at least 3, got None"),
+        ("ts_lstm", {"frames": 4, "segments": 5}, "must be at least 5, got 4"),
+        ("temporal_inception", {"frames": 23}, "must be 24 to 47, got 23"),
+        ("temporal_inception", {"frames": 48}, "must be 24 to 47, got 48"),
+        ("ts_lstm", {"frames": 4, "pretrained": tmp_path / "pool.pth"}, "hold the whole model"),
+        ("ts_lstm", {"frames": 4, "head": "ts-lstm"}, "must be among .*, got head"),
+    ]
+    for name, options, message in calls:
+        with pytest.raises(ValueError, match=message):
+            create_backbone(f"two_stream_{name}", backbone=Pool(3, 4), dim=4, **options)
+
+
+@pytest.mark.parametrize("source", ["timm", "torchvision"])
+def test_unknown_networks_of_libraries_are_one_sentence(source: str) -> None:
+    pytest.importorskip(source, reason=f"{source} (extra `vision`) is missing")
+    with pytest.raises(ValueError, match=f"'{source}:resnet1' is no network that {source}"):
+        create_backbone("two_stream_ts_lstm", frames=3, backbone=f"{source}:resnet1")
 
 
 @pytest.mark.parametrize("head", ["ts-lstm", "temporal-inception"])

@@ -25,7 +25,7 @@ import stvision
 from stvision.config import find_config, load_config
 from stvision.datasets.packed import pack
 from stvision.datasets.records import ClipDataset, Record
-from stvision.models.backbones import BACKBONES, create_backbone
+from stvision.models.backbones import BACKBONES, backbone_options, create_backbone
 from stvision.models.classifier import (
     VideoClassifier,
     build_network,
@@ -346,8 +346,10 @@ def test_layers_follow_the_order_in_which_they_run(family: str) -> None:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_of_the_catalogue_has_layers(name: str) -> None:
+    # the default of these is a network of timm, which is optional
+    options = {"backbone": "stvision:halonet26t"} if name.startswith("two_stream") else {}
     with torch.device("meta"):
-        model = create_backbone(name, num_classes=3, frames=4)
+        model = create_backbone(name, num_classes=3, frames=24, **options)
     found = check_groups(model)
     blocks = list(layer_distances(model).values())
     assert len(set(blocks)) >= 4 and min(blocks) == 0
@@ -480,7 +482,17 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"backbone": "davit"}, "backbone must be one of .*davit_tiny.*two-stream, got 'davit'"),
-        ({"options": {"depth": 3}}, r"options of 'davit_tiny' \(depth\) do not fit: .*'depth'"),
+        ({"options": {"depths": 3}}, r"options of 'davit_tiny' \(depths\) do not fit: .*'int'"),
+        ({"options": {"depth": 3}}, "backbone 'davit_tiny' must be among .*depths, .*, got depth$"),
+        ({"options": {"num_classes": 3}}, "'davit_tiny' must be among .*, got num_classes$"),
+        (
+            {"backbone": "two-stream", "options": {"head": "ts-lstm", "taps": [5]}},
+            "backbone 'two-stream' must be among .*segments.*, got taps$",
+        ),
+        (
+            {"backbone": "two-stream", "options": {"flow_backbone": "timm:resnet18"}},
+            "options.flow_backbone must be none, .* frames alone; got 'timm:resnet18'",
+        ),
         ({"class_names": ["a", "a"]}, "class_names must be at least two different names, got 2, 1"),
         ({"std": (1, 0, 1)}, "mean and std must be three numbers, std above 0"),
         ({"backbone": "two-stream", "pretrained": "x"}, "options.pretrained, those of its image"),
@@ -773,17 +785,31 @@ def test_uncached_classes_are_checked_too(world: Path, capsys: pytest.CaptureFix
     assert load_classifier(folder / "model").class_names == ("0", "1")
 
 
-def test_a_two_stream_model_trains_its_head(world: Path) -> None:
+@pytest.mark.parametrize("family", [*SMALL, "two_stream"])
+def test_unknown_options_end_a_training_before_it_begins(
+    family: str, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, options = SMALL.get(family, ("two_stream_ts_lstm", {"segments": 2}))
+    path = config(world, "unknown", backbone=name, options={**options, "colour": 3})
+    assert classify.main(["--config", str(path)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    allowed = ", ".join(backbone_options(name))
+    assert said.endswith(f"options of backbone {name!r} must be among {allowed}, got colour")
+    assert not list(world.glob("unknown/checkpoints/*"))
+
+
+@pytest.mark.parametrize("backbone", ["two-stream", "two_stream_ts_lstm"])
+def test_a_two_stream_model_trains_its_head(backbone: str, world: Path) -> None:
     """Frames alone; the image backbone is frozen, not in checkpoints, and exported with the head."""
-    options = {"backbone": "stvision:convs5_small", "head": "ts-lstm", "hidden": 8, "segments": 2}
-    values = {"backbone": "two-stream", "options": options, "layer_decay": 0.5}
-    folder = train(world, "two_stream", loop={"max_steps": 2, "save_every": 1}, **values)
+    options = {"backbone": "stvision:convs5_small", "hidden": 8, "segments": 2}
+    values = {"backbone": backbone, "options": options, "layer_decay": 0.5}
+    folder = train(world, backbone, loop={"max_steps": 2, "save_every": 1}, **values)
     saved = load_file(max((folder / "checkpoints").glob("step_*")) / "model.safetensors")
     assert saved and all(name.startswith("classifier.net.head.") for name in saved)
     loaded: Any = load_classifier(folder / "model").net
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        fresh: Any = build_network("two-stream", 2, 4, options)
+        fresh: Any = build_network(backbone, 2, 4, options)
     key = "encoder.conv.weight"
     assert torch.equal(loaded.backbone.state_dict()[key], fresh.backbone.state_dict()[key])
     assert not torch.equal(loaded.head.fc.weight, fresh.head.fc.weight)
