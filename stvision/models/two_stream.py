@@ -61,7 +61,7 @@ def image_features(
         return net, cast(int, net.num_features)
     mend_torchvision()
     if source == "timm":
-        timm = require("timm", extra="vision")
+        timm = require("timm", extra="vision", pinned=True)
         if not timm.is_model(model):
             raise ValueError(f"backbone {name!r} is no network that timm {timm.__version__} has")
         net = timm.create_model(model, pretrained=brought, in_chans=in_chans, num_classes=0)
@@ -70,7 +70,7 @@ def image_features(
         # some narrow or widen what they pooled
         return net, int(getattr(net, "head_hidden_size", net.num_features))
     models = require("torchvision.models", extra="vision", distribution="torchvision", pinned=True)
-    if model not in models.list_models():
+    if model.lower() not in models.list_models():
         raise ValueError(f"backbone {name!r} is no network that torchvision has")
     net = models.get_model(model, weights="DEFAULT" if brought else None)
     classifier, dim = _cut_classifier(net, name)
