@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ BUSY = 512
 
 #: pipeline depth that fits a device's shared memory, found at the first launch that did not
 _DEPTH: dict[tuple[Any, ...], int] = {}
+
+#: shapes that fit, by what :func:`_with_room` was asked for
+_FITTING: dict[tuple[Any, ...], Tiles] = {}
 
 #: compiled kernels, with their constants in the order of the signature
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
@@ -460,6 +463,47 @@ def _fits(run: Callable[..., bool], *arguments: Any) -> bool:
         return False
 
 
+def _needs(
+    name: str,
+    q: torch.Tensor,
+    v: torch.Tensor,
+    rpb: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+) -> tuple:
+    """What decides beside the shapes how much memory a kernel takes, and where it lies."""
+    return (name, q.device, q.dtype, q.shape[-1], v.shape[-1], rpb is None, key_mask is None)
+
+
+def _with_room(run: Callable[[Tiles], None], tiles: Tiles, key: tuple, own: bool = False) -> None:
+    """``run`` with these shapes, or with smaller ones where the device has too little memory.
+
+    GPUs differ by a factor of four in shared memory, and the shapes are chosen for the largest.
+    ``key`` names what else decides how much is needed; what fitted is kept. The caller's ``own``
+    shapes are his forward's: they are left as they are there, and halved in the backward, which
+    needs more.
+
+    Raises:
+        ValueError: the caller's own shapes do not fit.
+    """
+    key = (*key, tiles)
+    tiles = _FITTING.get(key, tiles)
+    while True:
+        try:
+            run(tiles)
+        except OutOfResources as error:
+            if own:
+                raise ValueError(
+                    f"q_tile_shape={tiles.query} and kv_tile_shape={tiles.key} do not fit this "
+                    f"device: {error} Give smaller ones, or none to have them chosen."
+                ) from error
+            smaller = tiles.halved()
+            if smaller is None:
+                raise
+            tiles = _FITTING[key] = smaller
+        else:
+            return
+
+
 def _sizes(tile: tuple[int, ...] | None, axes: tuple[Axis, ...], dim: int, bytes_: int) -> Tiles:
     chosen = choose_tiles(three_axes(axes), dim, bytes_) if len(tile or ()) <= len(axes) else None
     if tile is None:
@@ -539,6 +583,7 @@ def forward(
     scale: float,
     tile: tuple[int, ...] | None = None,
     boxes: bool | None = None,
+    part: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, *grid, H, dv) and float32 log-sum-exp (B, *grid, H).
 
@@ -547,8 +592,10 @@ def forward(
         tile: queries of a tile per axis, then optionally keys of a box per axis; chosen when not
             given.
         boxes: load keys through tensor descriptors; ``None`` does where the device can.
+        part: return the output in float32, to be joined with that of other keys.
     """
-    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    dtype = torch.float32 if part else query.dtype
+    out = query.new_empty(*query.shape[:-1], value.shape[-1], dtype=dtype)
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if not out.numel():
         return out, lse
@@ -558,39 +605,45 @@ def forward(
     if lean and _fits(_lean_forward, q, k, v, out, lse, filled, scale, tile, len(axes)):
         return out, lse
     tiles = _sizes(tile, axes, max(key.shape[-1], value.shape[-1]), query.element_size())
-    tables = on_device(filled, tiles.query, "query", str(q.device))
-    bounds = on_device(filled, tiles.query, "bounds", str(q.device))
-    numbers, constants = _common(q, k, v, filled, tiles, rpb, key_mask)
-    descriptors = None
-    if boxes is not False and all(axis.dilation == 1 for axis in axes):
-        descriptors = _descriptors(k, v, tiles.key)
-    if boxes and descriptors is None:
-        raise ValueError("tensor descriptors cannot load these keys: dilation, head_dim or strides")
-    heads = q.shape[-2]
-    counts = [len(table) for table in tables]
-    programs = math.prod(counts) * q.shape[0] * heads
-    arguments = (
-        q,
-        *(descriptors or (k, v)),
-        q if rpb is None else rpb.contiguous(),
-        q if key_mask is None else key_mask.contiguous().view(torch.uint8),
-        out,
-        lse,
-        *tables,
-        *bounds,
-        *counts,
-        heads,
-        heads // k.shape[-2],
-        scale,
-        *numbers,
-    )
-    _launch(
-        triton_kernels.forward_kernel,
-        programs,
-        q.device,
-        arguments,
-        constants | {"BOXES": descriptors is not None},
-    )
+
+    def run(tiles: Tiles) -> None:
+        tables = on_device(filled, tiles.query, "query", str(q.device))
+        bounds = on_device(filled, tiles.query, "bounds", str(q.device))
+        numbers, constants = _common(q, k, v, filled, tiles, rpb, key_mask)
+        descriptors = None
+        if boxes is not False and all(axis.dilation == 1 for axis in axes):
+            descriptors = _descriptors(k, v, tiles.key)
+        if boxes and descriptors is None:
+            raise ValueError(
+                "tensor descriptors cannot load these keys: dilation, head_dim or strides"
+            )
+        heads = q.shape[-2]
+        counts = [len(table) for table in tables]
+        programs = math.prod(counts) * q.shape[0] * heads
+        arguments = (
+            q,
+            *(descriptors or (k, v)),
+            q if rpb is None else rpb.contiguous(),
+            q if key_mask is None else key_mask.contiguous().view(torch.uint8),
+            out,
+            lse,
+            *tables,
+            *bounds,
+            *counts,
+            heads,
+            heads // k.shape[-2],
+            scale,
+            *numbers,
+        )
+        _launch(
+            triton_kernels.forward_kernel,
+            programs,
+            q.device,
+            arguments,
+            constants | {"BOXES": descriptors is not None},
+        )
+
+    _with_room(run, tiles, _needs("forward", q, v, rpb, key_mask), tile is not None)
     return out, lse
 
 
@@ -609,21 +662,25 @@ def backward(
     tile: tuple[int, ...] | None = None,
     deterministic: bool = False,
     boxes: bool | None = None,
+    part: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of query, key, value and rpb.
 
     With ``deterministic`` all of them repeat bit by bit; a call with ``rpb`` then runs its backward
     on the blocked path. Else that of ``rpb``, and on GPUs with a tensor memory unit that of
     ``query``, may be sums in the order in which programs come by. ``boxes=False`` keeps to the kernels
-    that load through pointers.
+    that load through pointers. With ``part``, ``out`` and ``lse`` are those of an attention to more
+    keys than these, and the gradient of ``query``, one term of a sum, is float32.
     """
     if rpb is not None and deterministic:
         return blocked.backward(
-            grad_out, grad_lse, query, key, value, rpb, key_mask, out, lse, axes, scale
+            grad_out, grad_lse, query, key, value, rpb, key_mask, out, lse, axes, scale, part=part
         )
     grad_q, grad_k, grad_v = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
     )
+    if part:
+        grad_q = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     grad_bias = None
     if rpb is not None:
         grad_bias = torch.zeros(rpb.shape, dtype=torch.float32, device=rpb.device)
@@ -646,66 +703,39 @@ def backward(
     # two products more live at once than in the forward, so the boxes are those of twice the size
     tiles = _sizes(tile, axes, 2 * size, query.element_size())
     delta = _deltas(out, grad_out, grad_lse)
-    bounds = on_device(filled, tiles.query, "bounds", str(q.device))
-    numbers, constants = _common(q, k, v, filled, tiles, rpb, key_mask)
     mask = q if key_mask is None else key_mask.contiguous().view(torch.uint8)
     batch, heads, kv_heads = q.shape[0], q.shape[-2], k.shape[-2]
-    tables = on_device(filled, tiles.query, "query", str(q.device))
-    counts = [len(table) for table in tables]
-    arguments = (
-        q,
-        k,
-        v,
-        q if rpb is None else rpb,
-        mask,
-        grad_out,
-        lse,
-        delta,
-        grad_q,
-        q if grad_bias is None else grad_bias,
-        *tables,
-        *bounds,
-        *counts,
-        heads,
-        heads // kv_heads,
-        scale,
-        *numbers,
-    )
-    _launch(
+    inputs = (q, k, v, q if rpb is None else rpb, mask, grad_out, lse, delta)
+
+    def run(kernel: Any, of_keys: bool, grads: tuple[torch.Tensor, ...], tiles: Tiles) -> None:
+        bounds = on_device(filled, tiles.query, "bounds", str(q.device))
+        numbers, constants = _common(q, k, v, filled, tiles, rpb, key_mask)
+        part, name, own = (tiles.key, "key", kv_heads) if of_keys else (tiles.query, "query", heads)
+        tables = on_device(filled, part, name, str(q.device))
+        counts = [len(table) for table in tables]
+        arguments = (
+            *inputs,
+            *grads,
+            *tables,
+            *bounds,
+            *counts,
+            own,
+            heads // kv_heads,
+            scale,
+            *numbers,
+        )
+        _launch(kernel, math.prod(counts) * batch * own, q.device, arguments, constants)
+
+    needs = _needs("backward", q, v, rpb, key_mask)
+    first = partial(
+        run,
         triton_kernels.query_gradient_kernel,
-        math.prod(counts) * batch * heads,
-        q.device,
-        arguments,
-        constants,
+        False,
+        (grad_q, q if grad_bias is None else grad_bias),
     )
-    tables = on_device(filled, tiles.key, "key", str(q.device))
-    counts = [len(table) for table in tables]
-    arguments = (
-        q,
-        k,
-        v,
-        q if rpb is None else rpb,
-        mask,
-        grad_out,
-        lse,
-        delta,
-        grad_k,
-        grad_v,
-        *tables,
-        *bounds,
-        *counts,
-        kv_heads,
-        heads // kv_heads,
-        scale,
-        *numbers,
-    )
-    _launch(
-        triton_kernels.key_gradient_kernel,
-        math.prod(counts) * batch * kv_heads,
-        q.device,
-        arguments,
-        constants,
-    )
+    _with_room(first, tiles, (*needs, "query"))
+    second = partial(run, triton_kernels.key_gradient_kernel, True, (grad_k, grad_v))
+    _with_room(second, tiles, (*needs, "key"))
     if grad_bias is not None and rpb is not None:
         grad_bias = grad_bias.to(rpb.dtype)
     return grad_q, grad_k, grad_v, grad_bias

@@ -7,7 +7,7 @@ keys; "place" counts inside the group of keys, "member" inside the group of quer
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
 
@@ -36,6 +36,16 @@ class Tiles:
     warps: int = 4
     stages: int = 2
     registers: int = 0
+
+    def halved(self) -> "Tiles | None":
+        """The larger of the two shapes halved on its longest axis; ``None`` where both hold 16."""
+        shapes = [list(self.query), list(self.key)]
+        large = max(shapes, key=math.prod)
+        if math.prod(large) <= 16:
+            return None
+        large[large.index(max(large))] //= 2
+        (a, b, c), (d, e, f) = shapes
+        return replace(self, query=(a, b, c), key=(d, e, f), warps=min(4, self.warps))
 
 
 def three_axes(axes: tuple[Axis, ...]) -> tuple[Axis, Axis, Axis]:
