@@ -48,7 +48,7 @@ class Command:
     seeds: int = 3
     """Trainings of each mechanism and task."""
 
-    steps: int = 500
+    steps: int = 1000
     """Of each training."""
 
     batch_size: int = 64

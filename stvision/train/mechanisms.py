@@ -65,7 +65,7 @@ class Settings:
         cue_size: its rows and columns.
     """
 
-    steps: int = 500
+    steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
