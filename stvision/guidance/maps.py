@@ -10,6 +10,7 @@ and by Parseval's theorem their squared sums are the spectrum's band energies. A
 replaces a transform there and back; it works for any F on any device.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -74,8 +75,11 @@ def high_band(frames: int, tau: float, *, of: int | None = None) -> Tensor:
 def high_band_projection(frames: int, tau: float, *, of: int | None = None) -> Tensor:
     """The filter of :func:`high_band` as a symmetric (n, n) matrix, float64 on the CPU."""
     band = high_band(frames, tau, of=of)
-    identity = torch.eye(frames, dtype=torch.float64)
-    return torch.fft.ifft(torch.fft.fft(identity) * band).real
+    # real arithmetic: torch's compiler, below which some callers run, has no complex kernels
+    k = torch.arange(frames)
+    turns = (k[:, None] * k % frames).double() * (2 * math.pi / frames)
+    waves = torch.cat([turns.cos() * band[:, None], turns.sin() * band[:, None]])
+    return waves.mT @ waves / frames
 
 
 def band_energies(maps: Tensor, tau: float) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 ``x_t = A x_(t-1) + conv(B, u_t)``, ``y_t = 2 Re conv(C, x_t)`` with one complex number of A for each
 channel of the state, so that all frames are computed at once by a scan, or one after another with the
 memory of one. Of each conjugate pair of states one is kept. Convolutions are those of images,
-zero-padded, and the complex parts run in float32 (float64 for float64 weights) under autocast too.
+zero-padded, and the system runs in float32 (float64 for float64 weights) under autocast too.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvision.layers.linear_scan import check_implementation, linear_scan
+from stvision.layers.pairs import as_complex, divide
 from stvision.layers.state_space import hippo_legs
 from stvision.layers.vision import per_frame
 
@@ -24,14 +25,20 @@ def zero_order_hold(rate: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     """Discrete A, and what B is multiplied by, for inputs that stay over a step.
 
     Args:
-        rate: (P,) complex eigenvalues, none of them zero.
-        dt: (P,) real step sizes.
+        rate: (P, 2), real and imaginary parts of eigenvalues, none of them zero.
+        dt: (P,) step sizes.
 
     Returns:
-        ``exp(rate dt)`` and ``(exp(rate dt) - 1) / rate``, both (P,).
+        ``exp(rate dt)`` and ``(exp(rate dt) - 1) / rate``, both (P, 2).
     """
-    a = (rate * dt).exp()
-    return a, (a - 1) / rate
+    re, im = rate.unbind(-1)
+    # exp(rate dt) - 1 with no difference of what is almost equal: steps are short
+    decay, half = torch.expm1(re * dt), im * (dt / 2)
+    cos, sin = half.cos(), half.sin()
+    turned = 2 * (decay + 1) * sin
+    less_re, less_im = torch.addcmul(decay, turned, sin, value=-1), turned * cos
+    less = torch.stack((less_re, less_im), dim=-1)
+    return torch.stack((less_re + 1, less_im), dim=-1), divide(less, rate)
 
 
 def _truncated_he(shape: tuple[int, ...], fan_in: int) -> Tensor:
@@ -104,16 +111,23 @@ class ConvSSM(nn.Module):
 
     def system(self) -> tuple[Tensor, Tensor, Tensor]:
         """Discrete A (P,), B (P, U, k, k) and C (U, P, k, k), complex."""
+        a, b, c = self._system()
+        return as_complex(a), torch.complex(b[:, 0], b[:, 1]), torch.complex(c[:, :, 0], c[:, :, 1])
+
+    def _system(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as parts: (P, 2), (P, 2, U, k, k) and (U, P, 2, k, k)."""
         dtype = torch.promote_types(self.B.dtype, torch.float32)
         real = self.lambda_re.to(dtype)
-        rate = torch.complex(real.clamp(max=-1e-4) if self.clip_eigs else real, self._imaginary())
+        if self.clip_eigs:
+            real = real.clamp(max=-1e-4)
+        rate = torch.stack((real, self._imaginary()), dim=-1)
         a, gain = zero_order_hold(rate, self.log_step.to(dtype).exp())
-        b, c = self.B.to(dtype), self.C.to(dtype)
-        return (
-            a,
-            torch.complex(b[:, 0], b[:, 1]) * gain[:, None, None, None],
-            torch.complex(c[:, :, 0], c[:, :, 1]),
+        (b_re, b_im), (re, im) = self.B.to(dtype).unbind(1), gain[..., None, None, None].unbind(1)
+        b_re, b_im = (
+            torch.addcmul(b_re * re, b_im, im, value=-1),
+            torch.addcmul(b_re * im, b_im, re),
         )
+        return a, torch.stack((b_re, b_im), dim=1), self.C.to(dtype)
 
     def _imaginary(self) -> Tensor:
         return self.lambda_im.to(torch.promote_types(self.B.dtype, torch.float32))
@@ -123,7 +137,8 @@ class ConvSSM(nn.Module):
 
         Args:
             u: (B, T, H, W, U).
-            state: (B, H, W, P) complex, after the frames before these; ``None`` for zeros.
+            state: (B, H, W, P, 2), real and imaginary parts, after the frames before these; ``None``
+                for zeros.
 
         Returns:
             y (B, T, H, W, U) in float32 or float64, and the state after the last frame.
@@ -137,15 +152,15 @@ class ConvSSM(nn.Module):
             )
         pad = self.kernel_size // 2
         with torch.autocast(u.device.type, enabled=False):
-            a, b, c = self.system()
+            a, b, c = self._system()
             # real and imaginary parts lie side by side as channels, as complex numbers in memory
-            kernel = torch.view_as_real(b).movedim(-1, 1).flatten(0, 1)
+            kernel = b.flatten(0, 1)
             pairs = per_frame(lambda x: F.conv2d(x, kernel, padding=pad), u.to(kernel.dtype))
-            driven = torch.view_as_complex(pairs.unflatten(-1, (-1, 2)).contiguous())
+            driven = pairs.unflatten(-1, (-1, 2)).contiguous()
             x = linear_scan(driven, a, state, implementation=self.implementation)
-            back = torch.stack([2 * c.real, -2 * c.imag], dim=2).flatten(1, 2)
-            pairs = torch.view_as_real(x).flatten(-2)
-            y = per_frame(lambda z: F.conv2d(z, back, padding=pad), pairs)
+            # 2 Re(c x) = 2 c_re x_re - 2 c_im x_im
+            back = torch.stack((2 * c[:, :, 0], -2 * c[:, :, 1]), dim=2).flatten(1, 2)
+            y = per_frame(lambda z: F.conv2d(z, back, padding=pad), x.flatten(-2))
         return y, x[:, -1]
 
     def extra_repr(self) -> str:
@@ -253,7 +268,7 @@ class ConvS5(nn.Module):
 
         Returns:
             (B, T, H, W, C), equal to these frames of the whole clip's, and the state
-            (B, H, W, state_dim / 2) complex.
+            (B, H, W, state_dim / 2, 2), real and imaginary parts.
 
         Raises:
             ValueError: another shape.

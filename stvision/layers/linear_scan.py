@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stvision.layers.pairs import as_complex, multiply
+
 IMPLEMENTATIONS = ("triton", "blocked")
 #: whether the Triton kernels have passed the tests marked ``gpu`` on a device
 TRITON_IS_CHECKED = False
@@ -58,6 +60,13 @@ def _grad_a(g: Tensor, x: Tensor, backwards: bool) -> Tensor:
 # what resolves it need not run there. Hence ``conj_physical``, and ``resolve_conj`` outside.
 @torch.library.custom_op("stvision::linear_scan", mutates_args=())
 def _scan(b: Tensor, a: Tensor, backwards: bool, implementation: str) -> Tensor:
+    if a.ndim == 2:
+        x = _scan_numbers(as_complex(b), as_complex(a), backwards, implementation)
+        return torch.view_as_real(x)
+    return _scan_numbers(b, a, backwards, implementation)
+
+
+def _scan_numbers(b: Tensor, a: Tensor, backwards: bool, implementation: str) -> Tensor:
     if implementation == "triton":
         from stvision.layers import linear_scan_triton
 
@@ -72,6 +81,16 @@ def _(b: Tensor, a: Tensor, backwards: bool, implementation: str) -> Tensor:
 
 @torch.library.custom_op("stvision::linear_scan_backward", mutates_args=())
 def _scan_backward(
+    grad: Tensor, x: Tensor, a: Tensor, implementation: str
+) -> tuple[Tensor, Tensor]:
+    if a.ndim == 2:
+        grad, x, a = as_complex(grad), as_complex(x), as_complex(a)
+        g, grad_a = _scan_backward_numbers(grad, x, a, implementation)
+        return torch.view_as_real(g), torch.view_as_real(grad_a)
+    return _scan_backward_numbers(grad, x, a, implementation)
+
+
+def _scan_backward_numbers(
     grad: Tensor, x: Tensor, a: Tensor, implementation: str
 ) -> tuple[Tensor, Tensor]:
     if implementation == "triton":
@@ -95,22 +114,28 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
     x, a = ctx.saved_tensors
     grad = grad.resolve_conj()
-    if ctx.backwards or torch.is_grad_enabled():  # of which a gradient may be asked for in turn
+    if not (ctx.backwards or torch.is_grad_enabled()):
+        return *_scan_backward(grad, x, a, ctx.implementation), None, None
+    # of these a gradient may be asked for in turn
+    if a.ndim == 1:
         g = _scan(grad, a.conj_physical(), not ctx.backwards, ctx.implementation)
         return g, _grad_a(g, x, ctx.backwards), None, None
-    return *_scan_backward(grad, x, a, ctx.implementation), None, None
+    re, im = a.unbind(-1)
+    g = _scan(grad, torch.stack((re, -im), dim=-1), not ctx.backwards, ctx.implementation)
+    grad_a = _grad_a(as_complex(g), as_complex(x), ctx.backwards)
+    return g, torch.view_as_real(grad_a), None, None
 
 
 torch.library.register_autograd(_scan, _gradient, setup_context=_setup)
 
 
-def why_not_triton(b: Tensor) -> str | None:
+def why_not_triton(b: Tensor, *, pairs: bool = False) -> str | None:
     """One sentence why the Triton kernels cannot scan this tensor; ``None`` where they can."""
     if not HAS_TRITON:
         return "triton is not installed"
     if not b.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs a GPU, the tensors are on {b.device}"
-    if not b.is_complex():
+    if not (pairs or b.is_complex()):
         return f"it takes complex numbers, not {b.dtype}"
     return None
 
@@ -121,39 +146,47 @@ def linear_scan(
     """``x_t = a x_(t-1) + b_t`` for all frames at once.
 
     Args:
-        b: (B, T, ..., P), real or complex.
-        a: (P,) of the same dtype.
-        state: x before the first frame, (B, ..., P); ``None`` for zeros.
+        b: (B, T, ..., P), real or complex; or (B, T, ..., P, 2), pairs of real and imaginary parts,
+            which are what a graph for the compiler may hold.
+        a: (P,) or pairs (P, 2), of the same dtype.
+        state: x before the first frame, (B, ..., P) or pairs; ``None`` for zeros.
         implementation: ``"blocked"`` or ``"triton"`` (complex numbers on a GPU); ``None`` for the
             best that runs here.
 
     Returns:
-        (B, T, ..., P).
+        Tensor like ``b``.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, no frame, or an implementation that is
             unknown or cannot run this. A named implementation is never swapped for another.
     """
-    if b.ndim < 3 or b.shape[1] < 1 or a.shape != b.shape[-1:] or a.dtype != b.dtype:
+    pairs = a.ndim == 2
+    fits = a.ndim == 1 or (pairs and a.shape[1] == 2 and not a.is_complex())
+    fits = fits and b.ndim >= 2 + a.ndim and b.shape[1] >= 1 and b.shape[-a.ndim :] == a.shape
+    if not fits or a.dtype != b.dtype:
         raise ValueError(
-            f"b must be (B, T, ..., P) with T at least 1 and a (P,) of its dtype, "
+            f"b must be (B, T, ..., P) with T at least 1 (and an axis of 2 more where a is pairs "
+            f"(P, 2)) and a (P,) of its dtype, "
             f"got {tuple(b.shape)} {b.dtype} and {tuple(a.shape)} {a.dtype}"
         )
     if state is not None:
         shape = b.shape[:1] + b.shape[2:]
         if state.shape != shape:
             raise ValueError(f"state must be {tuple(shape)}, got {tuple(state.shape)}")
-    why = why_not_triton(b)
+    check_implementation(implementation)
+    why = why_not_triton(b, pairs=pairs)
+    driven = b[:, 0]
+    if state is not None:
+        driven = driven + (multiply(a, state) if pairs else a * state)
     if implementation is None and b.shape[1] == 1:  # frame by frame there is nothing to scan
-        return b.clone() if state is None else torch.addcmul(b, a, state[:, None])
+        return driven[:, None].clone() if state is None else driven[:, None]
     if implementation is None:
         wanted = TRITON_IS_CHECKED and b.is_cuda and why is None
         implementation = "triton" if wanted else "blocked"
-    check_implementation(implementation)
     if implementation == "triton" and why is not None:
         raise ValueError(f"implementation 'triton' cannot run this scan: {why}")
     if state is not None:
-        b = torch.cat([(b[:, 0] + a * state)[:, None], b[:, 1:]], dim=1)
+        b = torch.cat([driven[:, None], b[:, 1:]], dim=1)
     return _scan(b.resolve_conj(), a.resolve_conj(), False, implementation)
 
 

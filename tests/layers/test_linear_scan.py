@@ -90,6 +90,26 @@ def test_first_and_second_derivatives(frames: int, implementation: str | None) -
     assert torch.autograd.gradgradcheck(run, leaves)
 
 
+@pytest.mark.parametrize("frames", [1, 7])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_pairs_are_complex_numbers(implementation: str | None, frames: int) -> None:
+    leaves = problem((2, frames, 3, 5), torch.complex128)
+
+    def run(*x: Tensor) -> Tensor:
+        pairs = (torch.view_as_real(y) for y in x)
+        return torch.view_as_complex(linear_scan(*pairs, implementation=implementation))
+
+    assert error(results(run, leaves), results(loop, leaves)) < 1e-13
+    b, a, state = (torch.view_as_real(x.detach()).requires_grad_() for x in leaves)
+    # real and imaginary parts that do not lie side by side
+    strewn = b.movedim(-1, 1).contiguous().movedim(1, -1), a.mT.contiguous().mT
+    wanted = linear_scan(b, a, state, implementation=implementation)
+    assert torch.equal(linear_scan(*strewn, state, implementation=implementation), wanted)
+    assert torch.autograd.gradgradcheck(
+        lambda *x: linear_scan(*x, implementation=implementation), (b, a, state), fast_mode=True
+    )
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_is_one_operator_to_the_compiler(implementation: str | None) -> None:
     leaves = problem((2, 7, 3, 5), torch.complex64)
@@ -108,12 +128,10 @@ def test_is_one_operator_to_the_compiler(implementation: str | None) -> None:
     assert error(results(compiled, leaves), results(run, leaves)) < 1e-6
     b, a = (x.detach() for x in leaves[:2])
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(
-        module._scan, (b, a, False, implementation or "blocked"), test_utils=checks
-    )
-    torch.library.opcheck(
-        module._scan_backward, (b, b, a, implementation or "blocked"), test_utils=checks
-    )
+    name = implementation or "blocked"
+    for x, y in ((b, a), (torch.view_as_real(b), torch.view_as_real(a))):
+        torch.library.opcheck(module._scan, (x, y, False, name), test_utils=checks)
+        torch.library.opcheck(module._scan_backward, (x, x, y, name), test_utils=checks)
 
 
 def test_the_system_uses_the_implementation_it_is_told() -> None:

@@ -25,7 +25,8 @@ def tokens(length: int, dim: int = 3, dtype: torch.dtype = torch.float64) -> Ten
 
 def written_out(s4: S4, x: Tensor) -> Tensor:
     """The layer as a recurrence over dense matrices of the continuous system."""
-    w, b, c, dt = s4.system()
+    *system, dt = s4.system()
+    w, b, c = (torch.view_as_complex(x) for x in system)
     out = torch.zeros_like(x)
     for channel in range(s4.dim):
         modes = torch.cat([w, w.conj()])
@@ -129,13 +130,13 @@ def test_gradients(length: int) -> None:
 
 def test_gradients_of_scan_reach_state_and_system() -> None:
     s4 = layer(2, 5)
-    u, state = tokens(4, 2).mT.requires_grad_(), torch.randn(2, 2, 8, dtype=torch.complex128)
+    u, state = tokens(4, 2).mT.requires_grad_(), torch.randn(2, 2, 8, dtype=torch.float64)
     state.requires_grad_()
     system = s4.system()
 
     def run(u: Tensor, state: Tensor, *system: Tensor) -> Tensor:
         y, last = s4_scan(u, s4_matrices(*system, 5), state)
-        return y.sum() + last.abs().square().sum()
+        return y.sum() + last.square().sum()
 
     leaves = tuple(x.detach().requires_grad_() for x in system)
     assert torch.autograd.gradcheck(run, (u, state, *leaves), atol=1e-6, fast_mode=True)
