@@ -16,7 +16,7 @@ import torch
 
 from stvision.kernels.neighborhood import dense
 from stvision.kernels.neighborhood.choice import Choice, Request, choose, interpreted
-from stvision.kernels.neighborhood.ops import attend, is_autocast
+from stvision.kernels.neighborhood.ops import attend, is_autocast, tokens_tile
 from stvision.kernels.neighborhood.problem import (
     AXIS_NAMES,
     PerAxisBool,
@@ -397,54 +397,64 @@ def neighborhood_attention_generic(
     query, key, value = call.query, call.key, call.value
     more_keys, more_values = call.additional_keys, call.additional_values
     dtype = query.dtype
-    if more_keys is not None and call.choice.backend in {"blocked", "reference"}:
-        # these compute in float32 anyway; staying there rounds the merged gradients once
-        wide = torch.promote_types(dtype, torch.float32)
-        query, key, value, more_keys = (x.to(wide) for x in (query, key, value, more_keys))
-        more_values = None if more_values is None else more_values.to(wide)
     rank, scale = len(call.axes), _number(scale, query.shape[-1])
     tile = () if q_tile_shape is None else _tile("q_tile_shape", q_tile_shape, rank)
-    flat_tile: tuple[int, ...] = ()
     if kv_tile_shape is not None:
         if not tile:
             raise ValueError("kv_tile_shape needs q_tile_shape beside it")
         boxes = _tile("kv_tile_shape", kv_tile_shape, rank)
-        flat_tile = (math.prod(tile), math.prod(boxes))
         tile += boxes
     if call.choice.backend == "sdpa":
         return dense.attention(query, key, value, call.axes, scale)
-    out, lse = _attend(
-        call.choice.backend,
-        query,
-        key,
-        value,
-        rpb,
-        key_mask,
-        call.axes,
-        scale,
-        tile,
-        call.deterministic,
-    )
-    if more_keys is not None and more_values is not None and more_keys.shape[1]:
-        tokens, grid = more_keys.shape[1], query.shape[1:-2]
-        flat = query.flatten(1, -3)
-        every = (Axis(flat.shape[1], tokens, tokens, query_map="start"),)
-        name = call.choice.backend
-        if attention_kwargs:
-            name = _backend_of_tokens(call, every, attention_kwargs)
-        extra_out, extra_lse = _attend(
+    name = call.choice.backend
+    if more_keys is None or more_values is None or not more_keys.shape[1]:
+        out, lse = _attend(
+            name, query, key, value, rpb, key_mask, call.axes, scale, tile, call.deterministic
+        )
+        return (out, lse) if return_lse else out
+    tokens, grid = more_keys.shape[1], query.shape[1:-2]
+    every = (Axis(math.prod(grid), tokens, tokens, query_map="start"),)
+    more_name = name
+    if attention_kwargs:
+        more_name = _backend_of_tokens(call, every, attention_kwargs)
+    if "flex" not in (name, more_name):
+        out, lse = attend(
+            query,
+            key,
+            value,
+            rpb,
+            key_mask,
+            _encoded(call.axes),
+            scale,
             name,
-            flat,
+            list(tile),
+            call.deterministic,
+            more_keys,
+            more_values,
+            more_name,
+        )
+    else:
+        if name in {"blocked", "reference"}:
+            # these compute in float32 anyway; staying there rounds the merged gradients once
+            wide = torch.promote_types(dtype, torch.float32)
+            query, key, value = (x.to(wide) for x in (query, key, value))
+            more_keys, more_values = more_keys.to(wide), more_values.to(wide)
+        out, lse = _attend(
+            name, query, key, value, rpb, key_mask, call.axes, scale, tile, call.deterministic
+        )
+        more_out, more_lse = _attend(
+            more_name,
+            query.flatten(1, -3),
             more_keys,
             more_values,
             None,
             None,
             every,
             scale,
-            flat_tile if name == "triton" else (),
+            tokens_tile(more_name, tile, rank),
             call.deterministic,
         )
-        out, lse = merge(out, lse, extra_out.unflatten(1, grid), extra_lse.unflatten(1, grid))
+        out, lse = merge(out, lse, more_out.unflatten(1, grid), more_lse.unflatten(1, grid))
     if out.dtype != dtype:
         out = out.to(dtype)
     return (out, lse) if return_lse else out

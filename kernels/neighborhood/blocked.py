@@ -202,13 +202,19 @@ def forward(
     axes: tuple[Axis, ...],
     scale: float,
     tile: tuple[int, ...] | None = None,
+    part: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, *grid, H, dv) and log-sum-exp (B, *grid, H) of the problem ``axes``."""
+    """Output (B, *grid, H, dv) and log-sum-exp (B, *grid, H) of the problem ``axes``.
+
+    With ``part`` the output is not rounded to the dtype of ``query``.
+    """
     batch, *grid, heads, _ = query.shape
     kv_heads = key.shape[-2]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     tiling = _Tiling(axes, batch, heads, rpb, query.device, dtype, tile)
-    out = query.new_empty(batch, *grid, heads, value.shape[-1])
+    out = query.new_empty(
+        batch, *grid, heads, value.shape[-1], dtype=dtype if part else query.dtype
+    )
     lse = torch.empty(batch, *grid, heads, dtype=dtype, device=query.device)
     guard = key_mask is not None
     for tiles in tiling.tiles:
@@ -245,20 +251,28 @@ def backward(
     axes: tuple[Axis, ...],
     scale: float,
     tile: tuple[int, ...] | None = None,
+    part: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of query, key, value and rpb; the weights are recomputed from ``lse``."""
+    """Gradients of query, key, value and rpb; the weights are recomputed from ``lse``.
+
+    With ``part``, ``out`` and ``lse`` are those of an attention to more keys than these, and the
+    gradient of ``query``, one term of a sum, is not rounded to its dtype.
+    """
     batch, heads, kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
     groups = (kv_heads, heads // kv_heads)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     tiling = _Tiling(axes, batch, heads, rpb, query.device, dtype, tile)
-    dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    wide = dtype if part else query.dtype
+    dq = torch.empty(query.shape, dtype=wide, device=query.device)
     dk = torch.zeros(key.shape, dtype=dtype, device=key.device)
     dv = torch.zeros(value.shape, dtype=dtype, device=value.device)
     drpb = None if rpb is None else torch.zeros(rpb.shape, dtype=dtype, device=rpb.device)
     # rounding of a 16-bit output would show where the weights of a row are nearly one and nothing,
-    # so there the row's sum is formed from the weights instead
-    exact = out.dtype != dtype
-    shift = grad_lse if exact else grad_lse - (grad_out * out).sum(-1)
+    # so there the row's sum is formed from the weights instead, where all of them are here
+    exact = out.dtype != dtype and not part
+    shift = grad_lse
+    if not exact:
+        shift = grad_lse - (grad_out.to(dtype) * out.to(dtype)).sum(-1)
     safe_lse = lse.masked_fill(lse == -torch.inf, 0.0)
     for tiles in tiling.tiles:
         shape = tuple(len(one.place) for one in tiles)

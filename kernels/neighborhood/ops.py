@@ -2,9 +2,15 @@
 
 ``stvision::neighborhood_attention`` returns output and log-sum-exp; both are differentiable once.
 The backend is an argument, so that ``torch.compile`` sees one operator whatever runs.
+
+Additional tokens are a second attention of the same queries. Both parts join in one softmax as those
+of ring attention (arXiv 2310.01889) do: each weighs a pair by the *joint* log-sum-exp and sums rows
+from the *joint* output, so the backward of a part needs nothing of the other, nothing of the parts
+is kept, and what the parts add to the gradient of queries is rounded once.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -67,6 +73,33 @@ def _options(
     return options
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _out_dtype(query: torch.Tensor, backend: str, joint: bool) -> torch.dtype:
+    """Type of the output, which is what the backward sums rows from.
+
+    Where a row sees a few keys the rounding of a 16-bit output shows in these sums. Alone, backends
+    in plain PyTorch form them from the weights, which a part has not all of; so their joint output
+    stays in float32.
+    """
+    return _wide(query.dtype) if joint and backend != "triton" else query.dtype
+
+
+def _tokens_axes(query: torch.Tensor, more_keys: torch.Tensor) -> tuple[Axis, ...]:
+    """Every query, in flat order, sees every additional token."""
+    queries, tokens = math.prod(query.shape[1:-2]), more_keys.shape[1]
+    return _axes(tuple(Axis(queries, tokens, tokens, query_map="start").encode()))
+
+
+def tokens_tile(backend: str, tile: Sequence[int], rank: int) -> tuple[int, ...]:
+    """The tile and box of the grid in flat order, where both are given."""
+    if backend != "triton" or len(tile) <= rank:
+        return ()
+    return math.prod(tile[:rank]), math.prod(tile[rank:])
+
+
 def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -78,26 +111,59 @@ def _forward(
     backend: str,
     tile: Sequence[int],
     deterministic: bool,
+    more_keys: torch.Tensor | None = None,
+    more_values: torch.Tensor | None = None,
+    more_backend: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    options = _options(backend, tile, query.dim() - 3, None)
+    rank = query.dim() - 3
+    inputs = (query, key, value, rpb, key_mask, _axes(tuple(axes)), scale)
+    options = _options(backend, tile, rank, None)
     with own_settings(query.device.type):
-        return _module(backend).forward(
-            query, key, value, rpb, key_mask, _axes(tuple(axes)), scale, **options
+        if more_keys is None or more_values is None:
+            return _module(backend).forward(*inputs, **options)
+        out, lse = _module(backend).forward(*inputs, part=True, **options)
+        more_axes = _tokens_axes(query, more_keys)
+        options = _options(more_backend, tokens_tile(more_backend, tile, rank), 1, None)
+        flat = query.flatten(1, -3)
+        more_out, more_lse = _module(more_backend).forward(
+            flat, more_keys, more_values, None, None, more_axes, scale, part=True, **options
         )
+        more_out, more_lse = more_out.reshape(out.shape), more_lse.reshape(lse.shape)
+        # NaN where no part saw a key: both outputs are zero there
+        share = torch.sigmoid(more_lse - lse).nan_to_num_(0.0)
+        torch.lerp(out, more_out, share[..., None], out=out)
+        return out.to(_out_dtype(query, backend, True)), torch.logaddexp(lse, more_lse)
 
 
-#: (query, key, value, rpb, key_mask, axes, scale, backend, tile, deterministic) -> output, lse
+#: (query, key, value, rpb, key_mask, axes, scale, backend, tile, deterministic) -> output, lse; with
+#: additional tokens also (more_keys, more_values, more_backend)
 neighborhood_attention = torch.library.custom_op(
     "stvision::neighborhood_attention", _forward, mutates_args=()
 )
 
 
 @neighborhood_attention.register_fake
-def _(query, key, value, rpb, key_mask, axes, scale, backend, tile, deterministic):
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+def _(
+    query,
+    key,
+    value,
+    rpb,
+    key_mask,
+    axes,
+    scale,
+    backend,
+    tile,
+    deterministic,
+    more_keys=None,
+    more_values=None,
+    more_backend="",
+):
+    joint = more_keys is not None and more_values is not None
     return (
-        query.new_empty(*query.shape[:-1], value.shape[-1]),
-        query.new_empty(query.shape[:-1], dtype=dtype),
+        query.new_empty(
+            *query.shape[:-1], value.shape[-1], dtype=_out_dtype(query, backend, joint)
+        ),
+        query.new_empty(query.shape[:-1], dtype=_wide(query.dtype)),
     )
 
 
@@ -109,6 +175,8 @@ def _backward_now(
     value: torch.Tensor,
     rpb: torch.Tensor | None,
     key_mask: torch.Tensor | None,
+    more_keys: torch.Tensor | None,
+    more_values: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     axes: Sequence[int],
@@ -116,28 +184,88 @@ def _backward_now(
     backend: str,
     tile: Sequence[int],
     deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = _options(backend, tile, query.dim() - 3, deterministic)
+    more_backend: str,
+) -> tuple[torch.Tensor | None, ...]:
+    rank = query.dim() - 3
+    inputs = (query, key, value, rpb, key_mask, out, lse, _axes(tuple(axes)), scale)
+    options = _options(backend, tile, rank, deterministic)
     with own_settings(query.device.type):
+        if more_keys is None or more_values is None:
+            grads = _module(backend).backward(grad_out, grad_lse, *inputs, **options)
+            return *grads, None, None
+        grad_out, grad_lse = grad_out.contiguous(), grad_lse.contiguous()
         dq, dk, dv, drpb = _module(backend).backward(
-            grad_out,
-            grad_lse,
-            query,
-            key,
-            value,
-            rpb,
-            key_mask,
-            out,
-            lse,
-            _axes(tuple(axes)),
+            grad_out, grad_lse, *inputs, part=True, **options
+        )
+        options = _options(more_backend, tokens_tile(more_backend, tile, rank), 1, deterministic)
+        if more_backend == "triton":  # whose products take one type; the values are its already
+            grad_out = grad_out.to(query.dtype)
+        flat, flat_out, flat_up = (x.flatten(1, -3) for x in (query, out, grad_out))
+        more_dq, more_dk, more_dv, _ = _module(more_backend).backward(
+            flat_up,
+            grad_lse.flatten(1, -2),
+            flat,
+            more_keys,
+            more_values,
+            None,
+            None,
+            flat_out,
+            lse.flatten(1, -2),
+            _tokens_axes(query, more_keys),
             scale,
+            part=True,
             **options,
         )
-    return dq, dk, dv, query.new_empty(0) if drpb is None else drpb
+        total = query.new_empty(query.shape)
+        torch.add(dq, more_dq.reshape(dq.shape), out=total)
+        return total, dk, dv, drpb, more_dk, more_dv
+
+
+def _backward_filled(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rpb: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    more_keys: torch.Tensor | None,
+    more_values: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    axes: Sequence[int],
+    scale: float,
+    backend: str,
+    tile: Sequence[int],
+    deterministic: bool,
+    more_backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`_backward_now` with empty tensors for what is not there: operators return tensors."""
+    grads = _backward_now(
+        grad_out,
+        grad_lse,
+        query,
+        key,
+        value,
+        rpb,
+        key_mask,
+        more_keys,
+        more_values,
+        out,
+        lse,
+        axes,
+        scale,
+        backend,
+        tile,
+        deterministic,
+        more_backend,
+    )
+    dq, dk, dv, drpb, more_dk, more_dv = (query.new_empty(0) if x is None else x for x in grads)
+    return dq, dk, dv, drpb, more_dk, more_dv
 
 
 neighborhood_attention_backward = torch.library.custom_op(
-    "stvision::neighborhood_attention_backward", _backward_now, mutates_args=()
+    "stvision::neighborhood_attention_backward", _backward_filled, mutates_args=()
 )
 
 
@@ -150,6 +278,8 @@ def _(
     value,
     rpb,
     key_mask,
+    more_keys,
+    more_values,
     out,
     lse,
     axes,
@@ -157,31 +287,34 @@ def _(
     backend,
     tile,
     deterministic,
+    more_backend,
 ):
-    return (
-        query.new_empty(query.shape),
-        key.new_empty(key.shape),
-        value.new_empty(value.shape),
-        query.new_empty(0) if rpb is None else rpb.new_empty(rpb.shape),
+    return tuple(
+        query.new_empty(0) if x is None else x.new_empty(x.shape)
+        for x in (query, key, value, rpb, more_keys, more_values)
     )
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    query, key, value, rpb, key_mask, axes, scale, backend, tile, deterministic = inputs
-    ctx.save_for_backward(query, key, value, rpb, key_mask, *output)
-    ctx.options = (axes, scale, backend, tile, deterministic)
+    query, key, value, rpb, key_mask, *options, more_keys, more_values, more_backend = inputs
+    ctx.save_for_backward(query, key, value, rpb, key_mask, more_keys, more_values, *output)
+    ctx.options = (*options, more_backend)
 
 
 def _gradients(
-    run: Callable[..., tuple[torch.Tensor, ...]],
+    run: Callable[..., tuple[torch.Tensor | None, ...]],
     saved: tuple[torch.Tensor, ...],
     options: tuple,
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,
 ) -> tuple:
-    query, key, value, rpb, key_mask, out, lse = saved
-    dq, dk, dv, drpb = run(grad_out, grad_lse, query, key, value, rpb, key_mask, out, lse, *options)
-    return dq, dk, dv, None if rpb is None else drpb, None, None, None, None, None, None
+    rpb, more_keys = saved[3], saved[5]
+    dq, dk, dv, drpb, more_dk, more_dv = run(grad_out, grad_lse, *saved, *options)
+    if rpb is None:
+        drpb = None
+    if more_keys is None:
+        more_dk = more_dv = None
+    return dq, dk, dv, drpb, None, None, None, None, None, None, more_dk, more_dv, None
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple:
@@ -314,23 +447,32 @@ def attend(
     backend: str,
     tile: Sequence[int],
     deterministic: bool,
+    more_keys: torch.Tensor | None = None,
+    more_values: torch.Tensor | None = None,
+    more_backend: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`neighborhood_attention`, past the dispatcher where nothing watches it."""
-    inputs = (query, key, value, rpb, key_mask, axes, scale, backend, tile, deterministic)
+    """:func:`neighborhood_attention`, past the dispatcher where nothing watches it.
+
+    ``more_keys`` (B, M, Hk, d) and ``more_values`` (B, M, Hk, dv) are at least one token that every
+    query sees too; ``more_backend`` runs them. The output is then float32 for 16-bit inputs, unless
+    ``backend`` is ``"triton"``.
+    """
+    tensors = (query, key, value, rpb, more_keys, more_values)
+    window = (axes, scale, backend, tile, deterministic)
+    inputs = (query, key, value, rpb, key_mask, *window, more_keys, more_values, more_backend)
     if not torch.compiler.is_compiling():
         if forward_ad._current_level >= 0:
-            _refuse_tangents(query, key, value, rpb)
-        if backend == "triton" and torch._C._get_tracing_state() is not None:
+            _refuse_tangents(*tensors)
+        tracing = torch._C._get_tracing_state() is not None
+        if tracing and "triton" in (backend, more_backend):
             raise NotImplementedError(
                 "torch.jit.trace cannot record Triton kernels; use torch.export, or trace with "
                 "backend='blocked'"
             )
         if _is_differentiating():
             return _Transformed.apply(*inputs)
-    if not _is_plain(query, key, value, rpb, key_mask):
+    if not _is_plain(*tensors, key_mask):
         return neighborhood_attention(*inputs)
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (query, key, value, rpb)
-    ):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _Direct.apply(*inputs)
     return _forward(*inputs)

@@ -182,14 +182,20 @@ def forward(
     key_mask: torch.Tensor | None,
     axes: tuple[Axis, ...],
     scale: float,
+    part: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp from gathered windows, a chunk of queries at a time."""
+    """Output and log-sum-exp from gathered windows, a chunk of queries at a time.
+
+    With ``part`` the output is not rounded to the dtype of ``query``.
+    """
     batch, *grid, heads, _ = query.shape
     kv_heads, dtype = key.shape[-2], _compute_dtype(query.dtype)
     gather = _Gather(axes, query.device)
     q = query.flatten(1, -3).unflatten(2, (kv_heads, heads // kv_heads))
     k, v = key.flatten(1, -3), value.flatten(1, -3)
-    out = query.new_empty(batch, gather.queries, heads, value.shape[-1])
+    out = query.new_empty(
+        batch, gather.queries, heads, value.shape[-1], dtype=dtype if part else query.dtype
+    )
     lse = torch.empty(batch, gather.queries, heads, dtype=dtype, device=query.device)
     bias = None if rpb is None else rpb.to(dtype)
     for begin, end in gather.chunks(kv_heads * max(key.shape[-1], value.shape[-1])):
@@ -225,14 +231,21 @@ def backward(
     lse: torch.Tensor,
     axes: tuple[Axis, ...],
     scale: float,
+    part: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of query, key, value and rpb; the weights are recomputed from ``lse``."""
+    """Gradients of query, key, value and rpb; the weights are recomputed from ``lse``.
+
+    With ``part``, ``out`` and ``lse`` are those of an attention to more keys than these, and the
+    gradient of ``query``, one term of a sum, is not rounded to its dtype.
+    """
     batch, heads = query.shape[0], query.shape[-2]
     kv_heads, dtype = key.shape[-2], _compute_dtype(query.dtype)
     groups = (kv_heads, heads // kv_heads)
     gather = _Gather(axes, query.device)
     q, do = (x.flatten(1, -3).unflatten(2, groups) for x in (query, grad_out))
     k, v = key.flatten(1, -3), value.flatten(1, -3)
+    if part:  # these weights are not all of a row's
+        grad_lse = grad_lse - (grad_out.to(dtype) * out.to(dtype)).sum(-1)
     total, dl = (x.flatten(1, -2).unflatten(2, groups) for x in (lse, grad_lse))
     dq = torch.empty_like(q, dtype=dtype)
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
@@ -253,7 +266,9 @@ def backward(
                 0, flat, torch.einsum("nhgk,nhgd->nkhd", weights, doi).flatten(0, 1)
             )
             dp = torch.einsum("nhgd,nkhd->nhgk", doi, vi)
-            shift = dl[item, begin:end].to(dtype) - (weights * dp).sum(-1)
+            shift = dl[item, begin:end].to(dtype)
+            if not part:
+                shift = shift - (weights * dp).sum(-1)
             ds = weights * (dp + shift[..., None])
             dq[item, begin:end] = torch.einsum("nhgk,nkhd->nhgd", ds, ki) * scale
             dk[item].index_add_(
@@ -262,7 +277,7 @@ def backward(
             if drpb is not None:
                 drpb.index_add_(1, relative.flatten(), ds.flatten(1, 2).transpose(0, 1).flatten(1))
     return (
-        dq.to(query.dtype).reshape(query.shape),
+        (dq if part else dq.to(query.dtype)).reshape(query.shape),
         dk.to(key.dtype).reshape(key.shape),
         dv.to(value.dtype).reshape(value.shape),
         None if drpb is None or rpb is None else drpb.to(rpb.dtype).reshape(rpb.shape),

@@ -374,7 +374,10 @@ def _lean_backward(
     counts = [-(-n // t) for n, t in zip(k.shape[1:4], keys.key, strict=True)]
     share = kv_heads
     workspace = grad_q6 = None
-    if one_pass:
+    if one_pass and grad_q.dtype != q.dtype:
+        # float32 already, so the sums of all heads have room there
+        workspace = grad_q6 = grad_q.view(batch, *grid, heads, d)
+    elif one_pass:
         bytes_ = q.element_size() * (4 * q.numel() + 2 * k.numel() + 2 * v.numel())
         allowed = WORKSPACE_SHARE * bytes_ / (4 * q.numel() / kv_heads)
         # at least as many programs at a time as keep every processor busy
