@@ -393,3 +393,62 @@ def test_the_one_pass_backward_sums_where_it_returns() -> None:
     )
     for a, b in zip(two, one, strict=True):
         assert relative_error(b, a.double()) < 1e-3
+
+
+W = {"kernel_size": (7, 9)}
+#: enough keys a row that roundings average out: box kernels, then those that load through pointers
+GPU_CASES = {
+    "boxes": Problem(12, 1, (9, 14), 2, 1, 64, 64, W, tokens=24),
+    "three axes": Problem(16, 2, (4, 7, 8), 4, 2, 64, 40, {"kernel_size": (3, 5, 5)}, tokens=24),
+    "dilation": Problem(
+        13, 1, (10, 15), 2, 1, 64, 64, {"kernel_size": (5, 7), "dilation": (2, 2)}, tokens=24
+    ),
+    "key mask": Problem(14, 1, (9, 14), 2, 2, 64, 64, W, tokens=24, masked=True),
+    "bias": Problem(15, 1, (9, 14), 2, 2, 64, 64, W, tokens=24, bias=True),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("tokens_on", ["triton", "blocked"])
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_half_precision_on_a_gpu(
+    name: str, tokens_on: str, deterministic: bool, dtype: torch.dtype
+) -> None:
+    problem = GPU_CASES[name].build(dtype, "cuda")
+    options = {"backend": "triton", "attention_kwargs": {"backend": tokens_on}}
+    options["deterministic"] = deterministic
+    check(problem, neighborhood_attention_generic, dtype, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_compiled_calls_on_a_gpu(dilation: int) -> None:
+    leaves = [x.detach().to("cuda", torch.bfloat16) for x in inputs(8, 9, tokens=20)]
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def out(*leaves: torch.Tensor) -> torch.Tensor:
+        return call(*leaves, backend="triton", dilation=dilation, deterministic=True)
+
+    compiled = torch.compile(out, fullgraph=True)
+    assert torch.equal(compiled(*leaves), out(*leaves))
+    up = torch.randn_like(leaves[0])
+    grads = torch.autograd.grad(compiled(*leaves), leaves, up)
+    wanted = torch.autograd.grad(out(*leaves), leaves, up)
+    assert all(torch.equal(one, two) for one, two in zip(grads, wanted, strict=True))
+
+
+@pytest.mark.gpu
+def test_what_a_gpu_keeps_for_the_backward() -> None:
+    """One output of the clip's size and one log-sum-exp beside the inputs."""
+    leaves = [torch.randn(1, 16, 64, 64, 8, 64, device="cuda").bfloat16() for _ in range(3)]
+    leaves += [torch.randn(1, 64, 8, 64, device="cuda").bfloat16() for _ in range(2)]
+    leaves = [x.requires_grad_() for x in leaves]
+    more = {"additional_keys": leaves[3], "additional_values": leaves[4], "backend": "triton"}
+    na3d(*leaves[:3], (3, 5, 5), **more)  # tables of windows are kept
+    before = torch.cuda.memory_allocated()
+    out = na3d(*leaves[:3], (3, 5, 5), **more)
+    kept = torch.cuda.memory_allocated() - before
+    clip = out.numel() * out.element_size()
+    assert kept <= clip + out.numel() // 64 * 4 + 2**20, kept / clip
