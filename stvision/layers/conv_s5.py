@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvision.layers.linear_scan import check_implementation, linear_scan
-from stvision.layers.pairs import as_complex, divide
+from stvision.layers.pairs import as_complex, divide, exp, multiply
 from stvision.layers.state_space import hippo_legs
 from stvision.layers.vision import per_frame
 
@@ -31,14 +31,9 @@ def zero_order_hold(rate: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``exp(rate dt)`` and ``(exp(rate dt) - 1) / rate``, both (P, 2).
     """
-    re, im = rate.unbind(-1)
-    # exp(rate dt) - 1 with no difference of what is almost equal: steps are short
-    decay, half = torch.expm1(re * dt), im * (dt / 2)
-    cos, sin = half.cos(), half.sin()
-    turned = 2 * (decay + 1) * sin
-    less_re, less_im = torch.addcmul(decay, turned, sin, value=-1), turned * cos
-    less = torch.stack((less_re, less_im), dim=-1)
-    return torch.stack((less_re + 1, less_im), dim=-1), divide(less, rate)
+    a = exp(rate * dt[:, None])
+    less = torch.stack((a[:, 0] - 1, a[:, 1]), dim=-1)
+    return a, divide(less, rate)
 
 
 def _truncated_he(shape: tuple[int, ...], fan_in: int) -> Tensor:
@@ -122,12 +117,8 @@ class ConvSSM(nn.Module):
             real = real.clamp(max=-1e-4)
         rate = torch.stack((real, self._imaginary()), dim=-1)
         a, gain = zero_order_hold(rate, self.log_step.to(dtype).exp())
-        (b_re, b_im), (re, im) = self.B.to(dtype).unbind(1), gain[..., None, None, None].unbind(1)
-        b_re, b_im = (
-            torch.addcmul(b_re * re, b_im, im, value=-1),
-            torch.addcmul(b_re * im, b_im, re),
-        )
-        return a, torch.stack((b_re, b_im), dim=1), self.C.to(dtype)
+        b = multiply(self.B.to(dtype).movedim(1, -1), gain[:, None, None, None])
+        return a, b.movedim(-1, 1), self.C.to(dtype)
 
     def _imaginary(self) -> Tensor:
         return self.lambda_im.to(torch.promote_types(self.B.dtype, torch.float32))

@@ -47,6 +47,14 @@ def divide(x: Tensor, y: Tensor) -> Tensor:
     return torch.view_as_real(as_complex(x) / as_complex(y))
 
 
+def exp(x: Tensor) -> Tensor:
+    """Exponentials of pairs (..., 2)."""
+    if torch.compiler.is_compiling():
+        size, turn = x[..., 0].exp(), x[..., 1]
+        return torch.stack((size * turn.cos(), size * turn.sin()), dim=-1)
+    return torch.view_as_real(as_complex(x).exp())
+
+
 @torch.library.custom_op("stvision::rfft", mutates_args=())
 def _rfft(x: Tensor, n: int) -> Tensor:
     return torch.view_as_real(torch.fft.rfft(x.contiguous(), n=n)).contiguous()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from stvision.layers import pairs as module
-from stvision.layers.pairs import as_complex, divide, irfft, multiply, rfft
+from stvision.layers.pairs import as_complex, divide, exp, irfft, multiply, rfft
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -28,11 +28,12 @@ def test_complex_of_any_layout() -> None:
     assert torch.equal(as_complex(x.transpose(0, 1)), wanted.T)
 
 
-def test_products_and_quotients_are_those_of_complex_numbers() -> None:
+def test_products_quotients_and_exponentials_are_those_of_complex_numbers() -> None:
     x, y = draw(5, 1, 3, 2), draw(4, 3, 2) + 1
     for run, wanted in (
         (multiply, as_complex(x) * as_complex(y)),
         (divide, as_complex(x) / as_complex(y)),
+        (lambda x, _: exp(x), as_complex(x).exp()),
     ):
         wanted = torch.view_as_real(wanted)
         assert torch.equal(run(x, y), wanted)
