@@ -12,12 +12,9 @@ from stvision.kernels.neighborhood.triton_tiles import supports
 from stvision.kernels.neighborhood.windows import Axis
 
 BACKENDS = ("sdpa", "triton", "flex", "blocked", "reference")
-#: whether an automatic choice takes the Triton kernels, whose gradients were compared with wide ones
-#: on an H200
-TRITON_IS_CHECKED = True
 #: order in which an automatic choice tries the backends, by type of device
 AUTOMATIC = {
-    "cuda": ("sdpa", *(["triton"] if TRITON_IS_CHECKED else []), "blocked", "reference"),
+    "cuda": ("sdpa", "triton", "blocked", "reference"),
     "cpu": ("sdpa", "blocked", "reference"),
 }
 

@@ -17,8 +17,6 @@ from torch import Tensor
 from stvision.layers.pairs import as_complex, multiply
 
 IMPLEMENTATIONS = ("triton", "blocked")
-#: whether the Triton kernels have passed the tests marked ``gpu`` on a device
-TRITON_IS_CHECKED = False
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -181,8 +179,7 @@ def linear_scan(
     if implementation is None and b.shape[1] == 1:  # frame by frame there is nothing to scan
         return driven[:, None].clone() if state is None else driven[:, None]
     if implementation is None:
-        wanted = TRITON_IS_CHECKED and b.is_cuda and why is None
-        implementation = "triton" if wanted else "blocked"
+        implementation = "triton" if b.is_cuda and why is None else "blocked"
     if implementation == "triton" and why is not None:
         raise ValueError(f"implementation 'triton' cannot run this scan: {why}")
     if state is not None:
