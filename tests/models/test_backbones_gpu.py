@@ -132,15 +132,18 @@ def on(device: str, module: nn.Module, x: Tensor, mixed: bool) -> list[Tensor]:
     return results(module, list(module.parameters()), x.float().to(device), mixed)
 
 
-def error(got: list[Tensor], wanted: list[Tensor]) -> tuple[float, float]:
-    """Relative differences of outputs, and of the worst gradient.
+def error(got: list[Tensor], wanted: list[Tensor]) -> tuple[float, float, str]:
+    """Relative differences of outputs and of the worst gradient, and the worst ones by number.
 
     A gradient that is small because terms cancel is measured against a hundredth of the largest.
+    Number 0 is the gradient of the input, those of the weights follow in their order.
     """
     largest = max(float(w.norm()) for w in wanted[1:])
     scale = [float(wanted[0].norm()), *(float(w.norm()) + 1e-2 * largest for w in wanted[1:])]
     off = [float((g - w).norm()) / s for g, w, s in zip(got, wanted, scale, strict=True)]
-    return off[0], max(off[1:])
+    order = sorted(range(len(off) - 1), key=lambda i: -off[i + 1])[:5]
+    listed = ", ".join(f"{i} {off[i + 1]:.2g} {tuple(wanted[i + 1].shape)}" for i in order)
+    return off[0], max(off[1:]), listed
 
 
 @functools.lru_cache(maxsize=1)
@@ -154,11 +157,11 @@ def reference(name: str, frames: int | None, device: str) -> list[Tensor]:
 def test_is_float64_on_the_cpu(name: str, frames: int | None, device: str) -> None:
     wanted = reference(name, frames, device)
     module, x = problem(name, frames, device)
-    output, gradient = error(on(device, module, x, False), wanted)
-    assert output < 1e-5 and gradient < 1e-4
-    output, gradient = error(on(device, module, x, True), wanted)
+    output, gradient, worst = error(on(device, module, x, False), wanted)
+    assert output < 1e-5 and gradient < 1e-4, worst
+    output, gradient, worst = error(on(device, module, x, True), wanted)
     # the CPU's layer norm sums the gradient of its bias in bfloat16
-    assert output < 0.02 and (device == "cpu" or gradient < 0.25)
+    assert output < 0.02 and (device == "cpu" or gradient < 0.25), worst
 
 
 #: family -> the block that is compiled, its grid
@@ -189,6 +192,6 @@ def test_compiles_as_one_graph(name: str, device: str) -> None:
     backend = "aot_eager" if device == "cpu" else "inductor"
     compiled = torch.compile(module, fullgraph=True, backend=backend, dynamic=False)
     wanted = results(module, parameters, x, False)
-    output, gradient = error(results(compiled, parameters, x, False), wanted)
+    output, gradient, worst = error(results(compiled, parameters, x, False), wanted)
     tf32 = name == "biformer" and device == "cuda"  # in the products of FlexAttention
-    assert output < (1e-3 if tf32 else 1e-5) and gradient < (5e-3 if tf32 else 1e-4)
+    assert output < (1e-3 if tf32 else 1e-5) and gradient < (5e-3 if tf32 else 1e-4), worst
