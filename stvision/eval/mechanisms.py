@@ -6,6 +6,7 @@ a stopped comparison goes on, and writes them as Markdown and as a picture.
 """
 
 import json
+import math
 import os
 import platform
 import re
@@ -38,6 +39,8 @@ TITLES = {
     "metaworld-first-frame": "first frame",
 }
 OUT_OF_MEMORY = "out of memory"
+#: of a name in the picture, in points of type
+LABEL_HEIGHT = 8.5
 
 
 def size_name(size: Sequence[int]) -> str:
@@ -410,6 +413,7 @@ class MechanismTable:
             ValueError: nothing was timed, or not at this size.
         """
         figures = require("matplotlib.figure", extra="plot", distribution="matplotlib")
+        tickers = require("matplotlib.ticker", extra="plot", distribution="matplotlib")
         sizes = self.sizes
         if size is None and sizes:
             size = sizes[len(sizes) // 2]
@@ -419,9 +423,10 @@ class MechanismTable:
         if not tasks:
             raise ValueError("nothing was trained yet, so there is no accuracy to plot")
         figure = figures.Figure(figsize=(6.4 * len(tasks), 5.6), layout="constrained")
-        for panel, task in zip(
-            figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True
-        ):
+        panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+        points: list[list[tuple[str, float, float, str]]] = []
+        for panel, task in zip(panels, tasks, strict=True):
+            points.append([])
             for name in self.mechanisms:
                 values = self.values(name, task)
                 found = self.times.get(f"{name}/{size}", {})
@@ -433,10 +438,11 @@ class MechanismTable:
                 ends = [100 * min(values), 100 * max(values)]
                 panel.plot([x, x], ends, color=colour, linewidth=1)
                 panel.plot([x], [mean], "o", color=colour, markersize=5)
-                panel.annotate(
-                    name, (x, mean), (4, 3), textcoords="offset points", fontsize=7, color=colour
-                )
+                points[-1].append((name, x, mean, colour))
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(tickers.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+            panel.xaxis.set_major_formatter(tickers.FuncFormatter(lambda x, _: f"{x:g}"))
+            panel.xaxis.set_minor_formatter(tickers.NullFormatter())
             panel.margins(x=0.12)  # room for the last name
             panel.set_ylim(0, 104)
             panel.set_xlabel(f"forward and backward at {size.replace('x', ' x ')} tokens, ms")
@@ -444,6 +450,29 @@ class MechanismTable:
             panel.set_title(TITLES[task], fontsize=10)
             panel.grid(alpha=0.3)
             panel.axhline({"metaworld": 50, "early-cue": 25}[task], color="0.7", linestyle=":")
+        figure.draw_without_rendering()  # where points lie is known from here on
+        for panel, named in zip(panels, points, strict=True):
+            places = [panel.transData.transform(point[1:3]) * 72 / figure.dpi for point in named]
+            top = panel.bbox.y1 * 72 / figure.dpi
+            offsets = label_offsets(places, [4.2 * len(point[0]) for point in named], top)
+            for (name, x, y, colour), (right, up) in zip(named, offsets, strict=True):
+                line = {
+                    "arrowstyle": "-",
+                    "color": colour,
+                    "linewidth": 0.5,
+                    "shrinkA": 0,
+                    "shrinkB": 2,
+                }
+                panel.annotate(
+                    name,
+                    (x, y),
+                    (right, up),
+                    textcoords="offset points",
+                    fontsize=7,
+                    color=colour,
+                    va="center",
+                    arrowprops=line if up else None,
+                )
         write_figure(path, figure, dpi=110)
 
     def write_docs(self, path: str | os.PathLike[str]) -> None:
@@ -465,6 +494,39 @@ class MechanismTable:
             body += "\n![accuracy against time](images/mechanisms.png)\n"
         filled = f"{BEGIN}\n{body}{END}"
         write_text(document, marked.sub(lambda _: filled, text, count=1))
+
+
+def label_offsets(
+    points: Sequence[Sequence[float]], widths: Sequence[float], top: float = math.inf
+) -> list[tuple[float, float]]:
+    """Where to write the names of points so that none covers another.
+
+    Args:
+        points: x and y, in points of type.
+        widths: of the names, in points of type.
+        top: what no name may reach above.
+
+    Returns:
+        Per name its distance to the right and upwards from its point: as near as it can be, names of
+        points further left first.
+    """
+    # left end, right end, middle of what is drawn
+    taken = [(float(x) - 3, float(x) + 3, float(y)) for x, y in points]
+    found = [(0.0, 0.0)] * len(points)
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], points[i][1])):
+        x, y = points[i]
+        left, right = x + 5, x + 5 + widths[i]
+        for step in range(2 * len(points) + 1):
+            up = LABEL_HEIGHT * ((step + 1) // 2) * (1 if step % 2 else -1)
+            clear = y + up + LABEL_HEIGHT / 2 <= top and all(
+                right < a or b < left or abs(y + up - middle) >= LABEL_HEIGHT
+                for a, b, middle in taken
+            )
+            if clear:
+                taken.append((left, right, y + up))
+                found[i] = (5.0, float(up))
+                break
+    return found
 
 
 def _where(facts: Any) -> str:

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from stvision.eval import mechanisms
-from stvision.eval.mechanisms import MechanismTable, measure, parse_size
+from stvision.eval.mechanisms import (
+    LABEL_HEIGHT,
+    MechanismTable,
+    label_offsets,
+    measure,
+    parse_size,
+)
 from stvision.models.mechanism_classifier import MechanismClassifier, count_parameters
 
 SETTINGS = {"steps": 5, "batch_size": 2, "time_batch": 3, "cue_frames": 64}
@@ -94,6 +100,22 @@ def test_writing_a_document_twice_changes_nothing(tmp_path: Path) -> None:
     first = page.read_text()
     filled().write_docs(page)
     assert page.read_text() == first and "| `full` |" in first
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_name_in_the_plot_covers_another(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    points = (torch.rand(25, 2, generator=g) * torch.tensor([120.0, 60.0])).tolist()
+    widths = (torch.rand(25, generator=g) * 60 + 10).tolist()
+    offsets = label_offsets(points, widths, top=70.0)
+    boxes = [
+        (x + right, x + right + w, y + up)
+        for (x, y), w, (right, up) in zip(points, widths, offsets, strict=True)
+    ]
+    for i, (a, b, y) in enumerate(boxes):
+        assert y + LABEL_HEIGHT / 2 <= 70
+        for c, d, z in boxes[:i]:
+            assert b < c or d < a or abs(y - z) >= LABEL_HEIGHT
 
 
 def test_plot_names_the_size_that_is_missing(tmp_path: Path) -> None:
