@@ -180,15 +180,18 @@ def test_small_tiles_reach_every_border() -> None:
     run(torch.float32, CASES["shifted windows"], q_tile_shape=(2, 4, 2))
 
 
-#: type, head sizes, bias, mask: few, because each pair of kernels takes seconds to compile
+#: type, head sizes, bias, mask: few, because each pair of kernels takes seconds to compile; "odd"
+#: rows begin at any address
 BINARIES = {
     "float32": (torch.float32, 40, 24, False, False),
     "float32 bias mask": (torch.float32, 32, 32, True, True),
+    "float32 odd mask": (torch.float32, 59, 36, False, True),
     "float16": (torch.float16, 64, 64, False, False),
     "float16 bias": (torch.float16, 80, 80, True, False),
     "float16 mask": (torch.float16, 160, 160, False, True),
     "bfloat16": (torch.bfloat16, 128, 128, False, False),
     "bfloat16 bias mask": (torch.bfloat16, 40, 80, True, True),
+    "bfloat16 odd": (torch.bfloat16, 91, 67, False, False),
 }
 TILES = {1: ((32,), (32,)), 2: ((4, 8), (2, 16)), 3: ((2, 4, 4), (1, 4, 8))}
 
