@@ -39,9 +39,16 @@ def channel_group_attention(
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.einsum("...nhi,...nhj->...hij", key * scale, value)
-    weights = scores.softmax(dim=-1)
-    return torch.einsum("...hij,...nhj->...nhi", weights, query)
+    shape = query.transpose(-3, -2).shape
+    q, k, v = (x.transpose(-3, -2).flatten(0, -3) for x in (query, key, value))
+    return _mix(q, k, v, scale).view(shape).transpose(-3, -2)
+
+
+def _mix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """:func:`channel_group_attention` of one head after the other, (heads of all, N, D)."""
+    # scaled before the sum over tokens, which float16 may not hold
+    weights = torch.bmm((key * scale).transpose(1, 2), value).softmax(dim=-1)
+    return torch.bmm(query, weights.transpose(1, 2))
 
 
 class _Projected(nn.Module):
@@ -89,17 +96,20 @@ class ChannelGroupAttention(_Projected):
         """Map (B, T, H, W, C) to the same shape; ValueError for another shape."""
         check_volume(x, self.dim)
         frames = x.shape[1] if self.over_time else 1
-        tokens = x.flatten(1, 3) if self.over_time else x.flatten(2, 3)
-        count = tokens.shape[-2]
+        count = frames * x.shape[2] * x.shape[3]
         shared = frames if self.average_frames else 1
-        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        heads, size = self.num_heads, self.dim // self.num_heads
+        # one copy brings the tokens of each head together for both products and their gradients
+        qkv = self.qkv(x.reshape(-1, self.dim)).view(-1, count, 3, heads, size)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, -1, count, size).unbind()
         if self.florence:
             # tokens of equal frames count once where their scores are averaged
             q, k, v = v, q, k
             scale = (count / shared) ** -0.5 / shared
         else:
-            scale = (self.dim // self.num_heads) ** -0.5 / shared
-        return self.proj(channel_group_attention(q, k, v, scale).flatten(-2)).view(x.shape)
+            scale = size**-0.5 / shared
+        out = _mix(q, k, v, scale).view(-1, heads, count, size).transpose(1, 2)
+        return self.proj(out.reshape(-1, self.dim)).view(x.shape)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, over_time={self.over_time}"
@@ -128,16 +138,23 @@ class SpatialWindowAttention(_Projected):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, H, W, C) to the same shape; ValueError for another shape."""
         check_volume(x, self.dim)
-        b, t, h, w, _ = x.shape
+        b, t, h, w, c = x.shape
         s = self.window_size
+        ragged = h % s or w % s
         pad = (0, 0, 0, -w % s, 0, -h % s)
-        frames = F.pad(x.reshape(b * t, 1, h, w, -1), pad)
+        frames = x if t == 1 else x.reshape(b * t, 1, h, w, c)
+        if ragged:  # padding by nothing would still copy
+            frames = F.pad(frames, pad)
         layout = WindowLayout((1, h + -h % s, w + -w % s), (s, s))
-        windows = layout.pack(frames)
-        q, k, v = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        # linear layers of rows record no views of their own, forward and backward
+        qkv = self.qkv(layout.pack(frames).view(-1, c))
+        q, k, v = qkv.view(-1, s * s, 3, self.num_heads, c // self.num_heads).unbind(2)
         mask = None
-        if self.mask_padding and (h % s or w % s):
+        if self.mask_padding and ragged:
             inside = F.pad(torch.ones(1, 1, h, w, 1, device=x.device), pad)
             mask = layout.pack(inside.expand(b * t, -1, -1, -1, -1)).bool()[:, None, None, :, 0]
-        out = self.proj(dispatch_attention(q, k, v, mask=mask).flatten(-2))
-        return layout.unpack(out).unflatten(0, (b, t))[:, :, 0, :h, :w]
+        out = self.proj(dispatch_attention(q, k, v, mask=mask).reshape(-1, c))
+        out = layout.unpack(out)
+        if ragged:
+            out = out[:, :, :h, :w]
+        return out if t == 1 else out.view(b, t, h, w, c)

@@ -38,7 +38,7 @@ class WindowLayout:
     def split(self, x: Tensor, start: int = 1) -> Tensor:
         """View axes T, H, W from ``start`` as (T, windows, rows, windows, columns)."""
         (nh, nw), (sh, sw) = self.counts, self.window
-        return x.unflatten(start + 2, (nw, sw)).unflatten(start + 1, (nh, sh))
+        return x.view(*x.shape[: start + 1], nh, sh, nw, sw, *x.shape[start + 3 :])
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, H, W, C) to (B · windows, length, C), one copy at most."""

@@ -19,7 +19,7 @@ def per_frame(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     batch, frames = x.shape[:2]
     out = module(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return out.unflatten(0, (batch, frames))
+    return out.view(batch, frames, *out.shape[1:])
 
 
 class PatchConv(nn.Conv2d):
@@ -29,7 +29,9 @@ class PatchConv(nn.Conv2d):
         """(N, C, H, W) to (N, C', H', W')."""
         height, width = input.shape[-2:]
         rows, columns = self.stride
-        return super().forward(F.pad(input, (0, -width % columns, 0, -height % rows)))
+        if height % rows or width % columns:  # padding by nothing would still copy
+            input = F.pad(input, (0, -width % columns, 0, -height % rows))
+        return super().forward(input)
 
 
 class DropPath(nn.Module):
@@ -78,7 +80,11 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (..., C)."""
-        return cast(Tensor, self.drop(self.fc2(self.drop(F.gelu(self.fc1(x))))))
+        # linear layers of rows record no views of their own, forward and backward
+        hidden = F.gelu(self.fc1(x.reshape(-1, x.shape[-1])))
+        if not self.drop.p:
+            return cast(Tensor, self.fc2(hidden)).view(x.shape)
+        return cast(Tensor, self.drop(self.fc2(self.drop(hidden)))).view(x.shape)
 
 
 class FrameMix(nn.Module):
@@ -136,4 +142,6 @@ class PositionConv(DepthwiseConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (B, T, H, W, C) to the same shape."""
+        if self.time is None:
+            return per_frame(lambda y: y + self.proj(y), x)
         return x + super().forward(x)

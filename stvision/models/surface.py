@@ -214,7 +214,7 @@ class Backbone(nn.Module):
         return x.permute(0, 2, 3, 4, 1)
 
     def _outside(self, x: Tensor) -> Tensor:
-        return x[:, 0] if self.frames is None else x
+        return x.squeeze(1) if self.frames is None else x
 
     def forward_intermediates(
         self,
