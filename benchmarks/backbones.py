@@ -1,7 +1,7 @@
 """Backbones and their attention against their peers, forward and backward, in one process.
 
-Bi-level routing without copies of keys (FlexAttention with a block mask, or one copy at a time)
-against the gather of its authors; BiFormer with either; DaViT and HaloNet against timm, where timm is
+Bi-level routing without copies of keys (Triton kernels, FlexAttention with a block mask, or one copy
+at a time) against the gather of its authors; BiFormer by default and with the kernels; DaViT and HaloNet against timm, where timm is
 installed; a video NAT with one backend of its kernels against FlexAttention. Each pair is checked
 against each other before it is timed:
 
@@ -20,7 +20,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from stvision.attention.routing import bilevel_routing_attention
+from stvision.attention.routing import HAS_TRITON, bilevel_routing_attention, why_not_triton
 from stvision.models.backbones import create_backbone
 from stvision.models.davit import convert_davit_state_dict
 from stvision.models.halonet import convert_halonet_state_dict
@@ -98,7 +98,10 @@ def routing(table: Table, device: str, dtype: torch.dtype, batch: int) -> None:
         ]
         run = partial(bilevel_routing_attention, *leaves, region=region, topk=4)
         gather = partial(run, implementation="gather")
-        for name in ("flex", "blocked") if device == "cuda" else ("blocked",):
+        names = ["flex", "blocked"] if device == "cuda" else ["blocked"]
+        if device == "cuda" and why_not_triton(*leaves) is None:
+            names.insert(0, "triton")
+        for name in names:
             what = f"routing {grid}, regions {region}, {name} against gather"
             table.add(what, partial(run, implementation=name), gather, leaves, leaves)
 
@@ -126,10 +129,15 @@ def pair(
 def models(table: Table, device: str, dtype: torch.dtype, batch: int) -> None:
     """Whole networks against their peers."""
     x = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
-    ours = create_backbone("biformer_tiny", num_classes=10)
     peer = create_backbone("biformer_tiny", num_classes=10, implementation="gather")
-    peer.load_state_dict(ours.state_dict())
-    pair(table, "biformer_tiny at 224 against gather", ours, peer, x, False)
+    named: list[str | None] = [None]
+    if device == "cuda" and HAS_TRITON:
+        named.append("triton")
+    for name in named:
+        ours = create_backbone("biformer_tiny", num_classes=10, implementation=name)
+        ours.load_state_dict(peer.state_dict())
+        what = f"biformer_tiny at 224, {name or 'default'} against gather"
+        pair(table, what, ours, peer, x, False)
 
     if device == "cuda":
         clip = torch.randn(1, 3, 16, 224, 224, device=device, dtype=dtype)

@@ -10,7 +10,9 @@ keys and values with zeros, which stay out of means but take part in attention. 
 masked unless one of the two is asked for.
 """
 
+import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvision.attention.volume import check_volume
+from stvision.kernels.neighborhood.choice import interpreted
 from stvision.layers.vision import DepthwiseConv
 
 #: elements of the largest tensor that the path "blocked" makes at once: scores, and copies of keys
@@ -26,7 +29,22 @@ from stvision.layers.vision import DepthwiseConv
 CHUNK_ELEMENTS = 1 << 24
 CPU_CHUNK_ELEMENTS = 1 << 20
 
-IMPLEMENTATIONS = ("flex", "blocked", "gather")
+#: what FlexAttention and the gather took on one H100 (torch 2.11, bfloat16, batch 16, 4 heads of 32
+#: numbers, topk 4, forward and backward), by tokens of a region and number of regions:
+#:      64 tokens,  49 regions:  4.73 and  2.54 ms, 187 and  516 MiB
+#:     256 tokens,  49 regions:  6.43 and 14.74 ms, 740 and 6762 MiB
+#:      16 tokens, 784 regions: 18.59 and  6.84 ms, 752 and 1302 MiB
+#: A block of FlexAttention is 128 tokens. Regions that fill one are for it; smaller ones waste most of
+#: a block, and are gathered as long as copies and scores together stay below ``GATHER_BYTES``. The
+#: gather needs 2.6 to 3.5 times these.
+FLEX_TOKENS = 128
+GATHER_BYTES = 1 << 31
+
+IMPLEMENTATIONS = ("triton", "flex", "blocked", "gather")
+#: whether the Triton kernels have passed the tests marked ``gpu`` on a device
+TRITON_IS_CHECKED = False
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,28 @@ class RegionLayout:
         t, h, w = self.grid
         return x[:, :t, :h, :w]
 
+    def mean(self, x: Tensor) -> Tensor:
+        """(B, T, H, W, *rest) to the means (B, regions, 1, channels) of the tokens there are.
+
+        In at least float32, without a gradient, and without the copy that packing makes where
+        regions divide the grid.
+        """
+        x = x.detach().flatten(4)
+        if any(self.padding):
+            t, h, w = self.padding
+            x = F.pad(x, (0, 0, 0, w, 0, h, 0, t))
+        for axis in (3, 2, 1):
+            x = x.unflatten(axis, (self.counts[axis - 1], self.extent[axis - 1]))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if not any(self.padding):
+            return x.mean((2, 4, 6), dtype=wide).flatten(1, 3)[:, :, None]
+        whole = torch.ones((), dtype=wide, device=x.device)
+        for axis, (n, e, c) in enumerate(zip(self.grid, self.extent, self.counts, strict=True)):
+            number = (n - e * torch.arange(c, device=x.device)).clamp_max(e)
+            whole = whole * number.view(*(-1 if i == axis else 1 for i in range(3)))
+        total = x.sum((2, 4, 6), dtype=wide)
+        return (total / whole[..., None]).flatten(1, 3)[:, :, None]
+
     def inside(self, device: torch.device, axes: tuple[bool, bool, bool]) -> Tensor | None:
         """(regions, tokens) bool, False for what was padded on ``axes``; ``None`` if all are True."""
         if not any(pad and on for pad, on in zip(self.padding, axes, strict=True)):
@@ -103,6 +143,8 @@ def route_regions(query: Tensor, key: Tensor, topk: int, inside: Tensor | None =
 
     def mean(x: Tensor) -> Tensor:
         x = x.detach().flatten(3).to(torch.promote_types(x.dtype, torch.float32))
+        if x.shape[2] == 1:
+            return x[:, :, 0]
         if inside is None:
             return x.mean(2)
         weight = inside.to(x.dtype) / inside.sum(1, keepdim=True)
@@ -365,6 +407,119 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 _blocked_op.register_autograd(_backward, setup_context=_setup)
 
 
+@torch.library.custom_op("stvision::routed_volume_attention", mutates_args=())
+def _triton_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    extent: Sequence[int],
+    zeros: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from stvision.attention import routing_triton
+
+    et, eh, ew = extent
+    return routing_triton.forward(query, key, value, index, (et, eh, ew), zeros, scale)
+
+
+@_triton_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    extent: Sequence[int],
+    zeros: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    b, t, h, w, heads, _ = query.shape
+    lse = query.new_empty((b, heads, t, h, w), dtype=torch.float32)
+    return query.new_empty(query.shape), lse
+
+
+@torch.library.custom_op("stvision::routed_volume_attention_backward", mutates_args=())
+def _triton_backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extent: Sequence[int],
+    zeros: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from stvision.attention import routing_triton
+
+    et, eh, ew = extent
+    return routing_triton.backward(
+        grad, query, key, value, index, out, lse, (et, eh, ew), zeros, scale
+    )
+
+
+@_triton_backward_op.register_fake
+def _(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extent: Sequence[int],
+    zeros: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        query.new_empty(query.shape),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+    )
+
+
+def _triton_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, index, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, index, *output)
+
+
+def _triton_gradient(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = _triton_backward_op(grad, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, None, None
+
+
+def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """The backward operators keep nothing: they have no derivative."""
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+    raise NotImplementedError(
+        "this implementation of bi-level routing attention has no second derivative; take "
+        "implementation='gather', or drop create_graph=True"
+    )
+
+
+_triton_op.register_autograd(_triton_gradient, setup_context=_triton_setup)
+for _operator in (_triton_backward_op, _blocked_backward_op):
+    _operator.register_autograd(_no_second_derivative, setup_context=_setup_nothing)
+
+
+def why_not_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """One sentence why the Triton kernels cannot take these; ``None`` where they can."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if query.device.type != "cuda" and not interpreted():
+        return f"it needs a GPU, the tensors are on {query.device}"
+    if not query.dtype == key.dtype == value.dtype:
+        return f"it takes one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes float32, float16 and bfloat16, got {query.dtype}"
+    if query.shape[-1] > 256:
+        return f"head_dim is at most 256, not {query.shape[-1]}"
+    return None
+
+
 def _block_size(tokens: int) -> int:
     """Tokens of a block of FlexAttention: one that regions fill, where there is one."""
     return next((size for size in (128, 64) if tokens % size == 0), 128)
@@ -460,6 +615,25 @@ def _why_not_flex(query: Tensor, needs_grad: bool) -> str | None:
     return None
 
 
+def _choose(
+    query: Tensor, key: Tensor, value: Tensor, layout: RegionLayout, topk: int, needs_grad: bool
+) -> str:
+    """The implementation to take where none is named."""
+    if query.device.type != "cuda":
+        return "blocked"
+    if TRITON_IS_CHECKED and why_not_triton(query, key, value) is None:
+        return "triton"
+    tokens, (heads, head_dim) = math.prod(layout.extent), query.shape[-2:]
+    length = query.shape[0] * math.prod(layout.counts) * tokens
+    numbers = length * heads * topk * (2 * head_dim + tokens)
+    flex = _why_not_flex(query, needs_grad) is None
+    if flex and tokens >= FLEX_TOKENS:
+        return "flex"
+    if numbers * query.element_size() <= GATHER_BYTES:
+        return "gather"
+    return "flex" if flex else "blocked"
+
+
 def bilevel_routing_attention(
     query: Tensor,
     key: Tensor,
@@ -483,11 +657,13 @@ def bilevel_routing_attention(
             released weights. The choice of regions does not depend on it.
         padding: of what fills up smaller regions. ``"masked"`` hides it; ``"zeros"`` lets zero
             keys behind H and W take part, as in the authors' second layer (behind T never).
-        implementation: ``"flex"`` (FlexAttention with a block mask; compiled on a GPU, without
-            gradients on the CPU), ``"blocked"`` (any device: copies of keys and values for
-            few regions at a time on the CPU, of one region for each elsewhere), or ``"gather"``
-            (the definition, ``topk`` copies). ``None`` takes ``"flex"`` on a GPU where it fits,
-            else ``"blocked"``.
+        implementation: ``"triton"`` (kernels for a GPU that read keys and values where they lie),
+            ``"flex"`` (FlexAttention with a block mask; compiled on a GPU, without gradients on the
+            CPU), ``"blocked"`` (any device: copies of keys and values for few regions at a time on
+            the CPU, of one region for each elsewhere), or ``"gather"`` (the definition, ``topk``
+            copies). ``None`` takes on a GPU ``"flex"`` for regions of at least 128 tokens,
+            ``"gather"`` for smaller ones while its copies and scores stay below 2 GiB, each as far
+            as it fits, and else ``"blocked"``. Only ``"gather"`` has second derivatives.
 
     Returns:
         (B, T, H, W, heads, head_dim) in the dtype of ``query``. Gradients flow to queries, keys
@@ -513,21 +689,27 @@ def bilevel_routing_attention(
         raise ValueError(f"padding must be 'masked' or 'zeros', got {padding!r}")
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if implementation is None:
-        fits = query.device.type == "cuda" and _why_not_flex(query, needs_grad) is None
-        implementation = "flex" if fits else "blocked"
+        implementation = _choose(query, key, value, layout, topk, needs_grad)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
             f"got {implementation!r}"
         )
+    why = None
     if implementation == "flex":
         why = _why_not_flex(query, needs_grad)
-        if why is not None:
-            raise ValueError(f"implementation 'flex' cannot run this: {why}")
+    elif implementation == "triton":
+        why = why_not_triton(query, key, value)
+    if why is not None:
+        raise ValueError(f"implementation {implementation!r} cannot run this: {why}")
     scale = math.prod(query.shape[-2:]) ** -0.5 if scale is None else scale
 
+    index = route_regions(layout.mean(query), layout.mean(key), topk)
+    if implementation == "triton":
+        picks = index.to(torch.int32).contiguous()
+        zeros = padding == "zeros"
+        return _triton_op(query, key, value, picks, layout.extent, zeros, float(scale))[0]
     q, k, v = (layout.pack(x) for x in (query, key, value))
-    index = route_regions(q, k, topk, layout.inside(query.device, (True, True, True)))
     spatial = padding == "masked"
     inside = layout.inside(query.device, (True, spatial, spatial))
     if implementation == "gather":

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from stvision.attention import routing
@@ -236,6 +237,50 @@ def test_equal_affinities_take_the_first_regions() -> None:
     assert torch.equal(route_regions(same, same, 3)[0], torch.arange(3).expand(9, 3))
 
 
+@pytest.mark.parametrize("region", [(1, 3, 2), (2, 3, 3), (2, 2, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_means_on_the_grid_are_those_of_packed_regions(region, dtype) -> None:
+    layout = RegionLayout((4, 6, 8), region)
+    x = inputs(2, 6, 8, 4, 2, 4)[0].to(dtype).permute(0, 3, 1, 2, 4, 5)  # any strides
+    inside = layout.inside(x.device, (True, True, True))
+    packed = layout.pack(x).double()
+    weight = torch.ones(packed.shape[1:3]) if inside is None else inside
+    wanted = torch.einsum("brnhd,rn->brhd", packed, weight.double()).flatten(2)
+    wanted = wanted / weight.double().sum(1)[:, None]
+    found = layout.mean(x.requires_grad_())
+    assert found.shape == (2, packed.shape[1], 1, 8) and not found.requires_grad
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(found[:, :, 0].double(), wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "grid", "region", "head_dim", "wanted"),
+    [
+        pytest.param(16, (1, 56, 56), (1, 8, 8), 32, "gather", id="64-tokens"),
+        pytest.param(16, (16, 28, 28), (1, 4, 4), 32, "gather", id="16-tokens"),
+        pytest.param(16, (16, 28, 28), (16, 4, 4), 32, "flex", id="256-tokens"),
+        pytest.param(16, (16, 28, 28), (16, 4, 4), 24, "gather", id="no-flex"),
+        pytest.param(256, (16, 28, 28), (1, 4, 4), 32, "flex", id="large-copies"),
+        pytest.param(256, (16, 28, 28), (1, 4, 4), 24, "blocked", id="large-copies-no-flex"),
+    ],
+)
+def test_the_choice_follows_the_measurements(
+    batch, grid, region, head_dim, wanted, monkeypatch
+) -> None:
+    monkeypatch.setattr(routing, "TRITON_IS_CHECKED", False)
+    layout = RegionLayout(grid, region)
+    with FakeTensorMode():
+        x = torch.empty(batch, *grid, 4, head_dim, device="cuda", dtype=torch.bfloat16)
+        assert routing._choose(x, x, x, layout, 4, True) == wanted
+        monkeypatch.setattr(routing, "TRITON_IS_CHECKED", True)
+        monkeypatch.setattr(routing, "HAS_TRITON", True)
+        assert routing._choose(x, x, x, layout, 4, True) == "triton"
+        wide = x.double()
+        assert routing._choose(wide, wide, wide, layout, 1, True) != "triton"
+        cpu = torch.empty(1, *grid, 4, head_dim)
+        assert routing._choose(cpu, cpu, cpu, layout, 4, True) == "blocked"
+
+
 def test_routing_ranks_half_precision_means_in_float32() -> None:
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 49, 64, 1, 32, generator=g).bfloat16() + 4 for _ in range(2))
@@ -317,7 +362,7 @@ def test_flavours_agree_where_windows_divide_and_differ_where_not() -> None:
         ({"topk": 5}, "topk must lie between 1 and the 4 regions there are, got 5"),
         ({"topk": 0}, "got 0"),
         ({"padding": "none"}, "padding must be 'masked' or 'zeros', got 'none'"),
-        ({"implementation": "fast"}, "one of 'flex', 'blocked', 'gather', got 'fast'"),
+        ({"implementation": "fast"}, "one of 'triton', 'flex', 'blocked', 'gather', got"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
