@@ -11,6 +11,7 @@ take part (with the relative term alone), and the relative term is not scaled. B
 the last frame, which images do not have, keys are masked.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -23,6 +24,10 @@ from stvision.kernels.neighborhood import na3d
 from stvision.layers.vision import per_frame
 
 IMPLEMENTATIONS = ("neighborhood", "windows")
+
+#: scores of queries and keys that windows may hold at once where no implementation is asked for:
+#: 128 MiB in 16 bits, kept for the backward
+MOST_SCORES = 2**26
 
 Tables = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -250,6 +255,82 @@ def _windows(
     return out[:, : queries[0], : queries[1], : queries[2]]
 
 
+def _frames_alone(axes: Sequence[HaloAxis], mask_border: bool) -> bool:
+    """Whether blocks lie within a frame and nothing is masked, as in images."""
+    return axes[0].window == 1 and not mask_border
+
+
+def _shifted(worth: Tensor, first: int, window: int, a: int) -> Tensor:
+    """View of (batch, rows, columns, R) as (batch, rows, columns, window).
+
+    The query at place i of axis ``a`` gets what lies from ``first`` - i of the last axis.
+    """
+    batch, rows, columns, count = worth.shape
+    steps = [rows * columns * count, columns * count, count, 1]
+    steps[a] -= 1
+    # contiguous, since a product has just made it
+    return worth.as_strided((batch, rows, columns, window), steps, first)
+
+
+def _frame_windows(
+    query: Tensor,
+    pairs: Tensor,
+    axes: Sequence[HaloAxis],
+    tables: Tables,
+    scale: float,
+    relative_scale: float,
+) -> Tensor:
+    """Windows of frames on their own, nothing masked, by few operators.
+
+    Two products and a softmax for all blocks and heads; a copy each of queries, of keys and values
+    with their halo, and of the result.
+
+    Args:
+        query: (B, T, H / stride, W / stride, heads, d).
+        pairs: keys beside their values, (B, T, H, W, heads, d + dv).
+        axes: of which the first has windows of one frame.
+        tables: see :func:`halo_attention`.
+        scale: see :func:`halo_attention`.
+        relative_scale: of the relative term.
+
+    Returns:
+        (B, T, H / stride, W / stride, heads, dv).
+    """
+    b, t, rows, columns, heads, d = query.shape
+    _, y, x = axes
+    many, queries = (b * t, y.blocks, x.blocks), (y.queries_per_block, x.queries_per_block)
+    rest = [a.blocks * a.queries_per_block - a.queries for a in (y, x)]
+    q = _pad(query, (0, 0, 0), (0, *rest))
+    q = q.reshape(b * t, y.blocks, queries[0], x.blocks, queries[1], heads, d)
+    q = q.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, queries[0] * queries[1], d)
+    kv = _pad(pairs, (0, y.halo, x.halo), (0, y.behind, x.behind)).flatten(0, 1)
+    kv = kv.unfold(1, y.window, y.block).unfold(2, x.window, x.block)
+    kv = kv.permute(0, 1, 2, 3, 5, 6, 4).reshape(-1, y.window * x.window, pairs.shape[-1])
+    k, v = kv.split((d, pairs.shape[-1] - d), dim=-1)
+    scores = torch.bmm(q * scale, k.transpose(1, 2))
+    given = [(a, table) for a, table in zip((1, 2), tables[1:], strict=True) if table is not None]
+    if tables[0] is not None:  # the only frame of a window is the query's own
+        scores = scores + q @ (tables[0] * relative_scale).to(q.dtype).t()
+    if given:
+        table = torch.cat([table for _, table in given]) if len(given) > 1 else given[0][1]
+        table = table if relative_scale == 1 else table * relative_scale
+        # what each row of the tables is worth to each query; its own window of rows is a view
+        worth = F.linear(q, table.to(q.dtype)).view(-1, *queries, len(table))
+        scores = scores.view(-1, *queries, y.window, x.window)
+        begin = 0
+        for a, table in given:
+            window = axes[a].window
+            own = _shifted(worth, begin + window - 1, window, a)
+            scores = scores + (own[..., None] if a == 1 else own[..., None, :])
+            begin += len(table)
+        scores = scores.flatten(3).flatten(1, 2)
+    out = torch.bmm(scores.softmax(-1), v).view(*many, heads, *queries, v.shape[-1])
+    out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(
+        b, t, y.blocks * queries[0], x.blocks * queries[1], heads, v.shape[-1]
+    )
+    return out[:, :, :rows, :columns] if any(rest) else out
+
+
 def halo_attention(
     query: Tensor,
     key: Tensor,
@@ -285,7 +366,9 @@ def halo_attention(
         scale_relative: apply ``scale`` to the relative term too.
         implementation: ``"neighborhood"`` (the kernels of :mod:`stvision.kernels.neighborhood`) or
             ``"windows"`` (the definition: a copy of keys and values for each block). ``None`` for
-            ``"neighborhood"``.
+            ``"windows"`` where frames stand alone, nothing is masked and scores are at most
+            ``MOST_SCORES``: there a few products cost less than what prepares the kernels; else,
+            or where a ``backend`` is asked for, ``"neighborhood"``.
         backend: of :func:`stvision.kernels.neighborhood.na3d`.
 
     Returns:
@@ -308,12 +391,7 @@ def halo_attention(
         raise ValueError(
             f"stride must divide the block's {block[1:]} rows and columns, got {stride}"
         )
-    t, h, w = key.shape[1:4]
-    axes = (
-        HaloAxis(t, block[0], halo[0], causal=causal),
-        HaloAxis(h, block[1], halo[1], stride),
-        HaloAxis(w, block[2], halo[2], stride),
-    )
+    axes = _axes(key.shape[1:4], block, halo, stride, causal)
     wanted = (key.shape[0], *(axis.queries for axis in axes), *key.shape[4:])
     if tuple(query.shape) != wanted:
         raise ValueError(f"query must be {wanted} beside these keys, got {tuple(query.shape)}")
@@ -321,17 +399,49 @@ def halo_attention(
         rows = (2 * axis.window - 1, key.shape[-1])
         if table is not None and tuple(table.shape) != rows:
             raise ValueError(f"the table of {name} must be {rows}, got {tuple(table.shape)}")
-    implementation = "neighborhood" if implementation is None else implementation
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be 'neighborhood' or 'windows', got {implementation!r}"
-        )
+    implementation = _chosen(implementation, backend, query, axes, mask_border)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     relative_scale = scale if scale_relative else 1.0
+    if implementation == "windows" and _frames_alone(axes, mask_border):
+        pairs = torch.cat((key, value), dim=-1)
+        return _frame_windows(query, pairs, axes, tables, scale, relative_scale)
     options = (query, key, value, axes, tables, mask_border, scale, relative_scale)
     if implementation == "windows":
         return _windows(*options)
     return _neighborhood(*options, backend)
+
+
+def _axes(
+    grid: Sequence[int],
+    block: tuple[int, int, int],
+    halo: tuple[int, int, int],
+    stride: int,
+    causal: bool,
+) -> tuple[HaloAxis, HaloAxis, HaloAxis]:
+    t, h, w = grid
+    return (
+        HaloAxis(t, block[0], halo[0], causal=causal),
+        HaloAxis(h, block[1], halo[1], stride),
+        HaloAxis(w, block[2], halo[2], stride),
+    )
+
+
+def _chosen(
+    implementation: str | None,
+    backend: str | None,
+    query: Tensor,
+    axes: Sequence[HaloAxis],
+    mask_border: bool,
+) -> str:
+    if implementation is None:
+        scores = math.prod(query.shape[:5]) * axes[1].window * axes[2].window
+        small = scores <= MOST_SCORES and _frames_alone(axes, mask_border)
+        return "windows" if small and backend is None else "neighborhood"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be 'neighborhood' or 'windows', got {implementation!r}"
+        )
+    return implementation
 
 
 class _Tables(nn.Module):
@@ -441,24 +551,37 @@ class HaloAttention(nn.Module):
         """Map (B, T, H, W, C) to (B, T, H / stride, W / stride, dim_out), rounded up."""
         if x.ndim != 5 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (B, T, H, W, {self.dim}), got {tuple(x.shape)}")
-        query = self.q(x[:, :, :: self.stride, :: self.stride])
-        query = query.unflatten(-1, (self.num_heads, self.head_qk))
-        kv = self.kv(x).unflatten(-1, (self.num_heads, self.head_qk + self.head_v))
-        key, value = kv.split((self.head_qk, self.head_v), dim=-1)
+        heads, size, grid = self.num_heads, self.head_qk, x.shape[:4]
+        # linear layers of rows record no views of their own, and share a copy of other orders
+        rows = x.reshape(-1, self.dim)
+        pairs = self.kv(rows).view(*grid, heads, size + self.head_v)
+        if self.stride > 1:
+            few = x[:, :, :: self.stride, :: self.stride]
+            grid, rows = few.shape[:4], few.reshape(-1, self.dim)
+        query = self.q(rows).view(*grid, heads, size)
         tables = (self.pos_embed.time_rel, self.pos_embed.height_rel, self.pos_embed.width_rel)
-        out = halo_attention(
-            query,
-            key,
-            value,
-            block=self.block,
-            halo=self.halo,
-            tables=tables,
-            stride=self.stride,
-            causal=self.causal,
-            mask_border=self.mask_border,
-            scale_relative=self.scale_pos_embed,
-            implementation=self.implementation,
-        ).flatten(-2)
+        axes = _axes(x.shape[1:4], self.block, self.halo, self.stride, self.causal)
+        chosen = _chosen(self.implementation, None, query, axes, self.mask_border)
+        if chosen == "windows" and _frames_alone(axes, self.mask_border):
+            scale = size**-0.5
+            relative_scale = scale if self.scale_pos_embed else 1.0
+            out = _frame_windows(query, pairs, axes, tables, scale, relative_scale)
+        else:
+            key, value = pairs.split((size, self.head_v), dim=-1)
+            out = halo_attention(
+                query,
+                key,
+                value,
+                block=self.block,
+                halo=self.halo,
+                tables=tables,
+                stride=self.stride,
+                causal=self.causal,
+                mask_border=self.mask_border,
+                scale_relative=self.scale_pos_embed,
+                implementation=chosen,
+            )
+        out = out.flatten(-2)
         return out if isinstance(self.pool, nn.Identity) else per_frame(self.pool, out)
 
     def extra_repr(self) -> str:

@@ -55,8 +55,13 @@ def _divisible(channels: float, least: float = 0.9) -> int:
     return rounded + 8 if rounded < least * channels else rounded
 
 
+def _activation(name: str) -> nn.Module:
+    """In place of what nothing else reads: the output of a norm or of an addition."""
+    return nn.ReLU(inplace=True) if name == "relu" else _ACTIVATIONS[name]()
+
+
 class _ConvNorm(nn.Module):
-    """Convolution, BatchNorm and activation of each frame."""
+    """Convolution, BatchNorm and activation of images (N, C, H, W)."""
 
     def __init__(
         self, dim: int, out: int, size: int = 1, stride: int = 1, groups: int = 1, act: str = ""
@@ -64,14 +69,14 @@ class _ConvNorm(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(dim, out, size, stride, size // 2, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(out)
-        self.act = _ACTIVATIONS[act]() if act else nn.Identity()
+        self.act = _activation(act) if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return per_frame(lambda y: self.act(self.bn(self.conv(y))), x)
+        return cast(Tensor, self.act(self.bn(self.conv(x))))
 
 
 class _SqueezeExcite(nn.Module):
-    """Channel gate from the mean of a frame (Hu et al. 2018)."""
+    """Channel gate from the mean of an image (N, C, H, W) (Hu et al. 2018)."""
 
     def __init__(self, dim: int, ratio: float) -> None:
         super().__init__()
@@ -79,8 +84,8 @@ class _SqueezeExcite(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean((2, 3), keepdim=True)
-        return x * self.fc2(self.fc1(mean).relu()).sigmoid()
+        gate = self.fc2(self.fc1(x.mean((2, 3))).relu()).sigmoid()
+        return x * gate[:, :, None, None]
 
 
 class _EfficientGate(nn.Module):
@@ -93,8 +98,7 @@ class _EfficientGate(nn.Module):
         self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean((2, 3))  # (B, T, C)
-        gate = self.conv(mean.flatten(0, 1)[:, None])[:, 0].view(mean.shape).sigmoid()
+        gate = self.conv(x.mean((2, 3))[:, None])[:, 0].sigmoid()
         return x * gate[:, :, None, None]
 
 
@@ -104,15 +108,21 @@ def _gate(kind: str, dim: int, ratio: float) -> nn.Module:
     return _EfficientGate(dim) if kind == "eca" else nn.Identity()
 
 
+def _clips(x: Tensor, frames: int) -> Tensor:
+    """Images (N, C, H, W) to clips (B, T, H, W, C)."""
+    x = x.permute(0, 2, 3, 1)
+    return x.view(-1, frames, *x.shape[1:])
+
+
 class _PostNorm(nn.BatchNorm2d):
-    """BatchNorm of each frame and an activation."""
+    """BatchNorm of each frame of (B, T, H, W, C) and an activation, to images (N, C, H, W)."""
 
     def __init__(self, dim: int, act: str) -> None:
         super().__init__(dim)
-        self.act = _ACTIVATIONS[act]()
+        self.act = _activation(act)
 
     def forward(self, input: Tensor) -> Tensor:
-        return per_frame(lambda y: self.act(super(_PostNorm, self).forward(y)), input)
+        return cast(Tensor, self.act(super().forward(input.flatten(0, 1).permute(0, 3, 1, 2))))
 
 
 class _Block(nn.Module):
@@ -151,15 +161,28 @@ class _Block(nn.Module):
             nn.init.zeros_(self.conv3_1x1.bn.weight)
         self.ela = nn.Identity() if last_gate is None else last_gate
         self.drop_path = DropPath(drop_path)
-        self.act = nn.Identity() if linear_out else _ACTIVATIONS[act]()
+        self.act: nn.Module = nn.Identity()
+        if not linear_out:
+            self.act = _ACTIVATIONS[act]() if self.shortcut is None else _activation(act)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _images(self, x: Tensor, frames: int) -> Tensor:
+        """Images (N, C, H, W), ``frames`` of them a clip, to images."""
         y = self.conv1_1x1(x)
-        y = self.post_attn(self.self_attn(y)) if self.attends else self.attn(self.conv2_kxk(y))
-        y = self.drop_path(self.ela(self.conv3_1x1(y)))
+        if self.attends:
+            y = self.post_attn(self.self_attn(_clips(y, frames)))
+        else:
+            y = self.attn(self.conv2_kxk(y))
+        y = self.conv3_1x1(y)
+        if not isinstance(self.ela, nn.Identity) or (self.training and self.drop_path.rate):
+            # both look at clips: along their frames, and dropping them as a whole
+            y = self.drop_path(self.ela(_clips(y, frames))).flatten(0, 1).permute(0, 3, 1, 2)
         if self.shortcut is not None:
             y = y + self.shortcut(x)
         return cast(Tensor, self.act(y))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # one way from clips to images and back for the whole block
+        return per_frame(lambda images: self._images(images, x.shape[1]), x)
 
 
 class _Stem(nn.Module):
@@ -183,10 +206,13 @@ class _Stem(nn.Module):
             dim = width
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _images(self, x: Tensor) -> Tensor:
         for i in range(self.count):
-            x = self.get_submodule(f"conv{i + 1}")(x)
-        return x if isinstance(self.pool, nn.Identity) else per_frame(self.pool, x)
+            x = cast(nn.Module, self._modules[f"conv{i + 1}"])(x)
+        return cast(Tensor, self.pool(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return per_frame(self._images, x)
 
 
 class HaloNet(Backbone):
@@ -333,7 +359,9 @@ class HaloNet(Backbone):
 
     def norm_features(self, x: Tensor) -> Tensor:
         """The last convolution, where there is one."""
-        return cast(Tensor, self.final_conv(x))
+        if isinstance(self.final_conv, nn.Identity):
+            return x
+        return per_frame(self.final_conv, x)
 
 
 #: 1 x 1 convolutions of timm that are linear layers here

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stvision.attention import halo
 from stvision.attention.halo import IMPLEMENTATIONS, HaloAttention, halo_attention
 from stvision.kernels.neighborhood import na2d
 from stvision.optional import mend_torchvision
@@ -19,6 +20,8 @@ CASES = [
     pytest.param((1, 7, 5), (1, 4, 2), (0, 1, 3), 1, False, True, id="odd-masked"),
     pytest.param((1, 8, 6), (1, 4, 2), (0, 3, 1), 2, False, False, id="stride"),
     pytest.param((2, 7, 5), (1, 4, 2), (1, 2, 1), 2, False, True, id="clip-stride-odd"),
+    pytest.param((3, 7, 5), (1, 4, 2), (0, 2, 1), 2, False, False, id="frames-alone"),
+    pytest.param((2, 3, 4), (1, 1, 2), (0, 2, 0), 1, True, False, id="rows-of-one"),
     pytest.param((5, 4, 3), (2, 2, 2), (1, 1, 1), 1, False, False, id="clip"),
     pytest.param((5, 4, 3), (2, 2, 2), (3, 1, 0), 1, True, False, id="causal"),
     pytest.param((4, 4, 4), (3, 4, 2), (1, 0, 1), 2, True, False, id="causal-stride"),
@@ -222,14 +225,33 @@ def test_equal_frames_give_what_their_frame_gives(name: str) -> None:
     assert (video(clip) - image(x)).abs().max() < 1e-12
 
 
+def test_windows_are_automatic_where_frames_stand_alone_and_scores_are_few(monkeypatch) -> None:
+    def kernels(**options: object) -> bool:
+        given: dict[str, object] = {"block": (1, 2, 2), "halo": (0, 1, 1)} | options
+        with monkeypatch.context() as patch:
+            patch.setattr(halo, "_neighborhood", lambda query, *_: query.new_full((), 7.0))
+            return halo_attention(*inputs((1, 4, 4), 1), **given).ndim == 0
+
+    assert not kernels()
+    assert kernels(mask_border=True) and kernels(halo=(1, 1, 1)) and kernels(backend="reference")
+    assert not kernels(mask_border=True, implementation="windows")
+    scores = 2 * 16 * 2 * 16  # queries, heads and keys of a window
+    monkeypatch.setattr(halo, "MOST_SCORES", scores)
+    assert not kernels()
+    monkeypatch.setattr(halo, "MOST_SCORES", scores - 1)
+    assert kernels() and not kernels(implementation="windows")
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_gradients_compile_and_half_precision(name: str, stride: int) -> None:
+@pytest.mark.parametrize("halo_frames", [0, 1])
+def test_gradients_compile_and_half_precision(name: str, stride: int, halo_frames: int) -> None:
     torch.manual_seed(0)
     module = HaloAttention(
-        8, 2, block_size=2, halo_size=1, stride=stride, halo_frames=1, implementation=name
+        8, 2, block_size=2, halo_size=1, stride=stride, halo_frames=halo_frames, implementation=name
     ).double()
-    torch.nn.init.normal_(module.pos_embed.time_rel)
+    if halo_frames:
+        torch.nn.init.normal_(module.pos_embed.time_rel)
     x = torch.randn(1, 2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(module, (x,), fast_mode=True)
     torch.compiler.reset()
