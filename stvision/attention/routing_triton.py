@@ -156,13 +156,16 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def query_gradient_kernel(
-    q, k, v, index, out, grad_out, lse, delta, grad_q, regions, heads, topk, LT, LH, LW, scale,
+    q, k, v, index, out, grad_out, lse, stats, grad_q, regions, heads, topk, LT, LH, LW, scale,
     sqb, sqt, sqh, sqw, sqn, skb, skt, skh, skw, skn, svb, svt, svh, svw, svn,
     ET: tl.constexpr, EH: tl.constexpr, EW: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr,
     WHOLE: tl.constexpr, EVEN: tl.constexpr, ZEROS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Like the forward; also writes ``delta``, sum(grad_out * out) of each row, for the keys."""
+    """Like the forward; also writes ``stats`` for the keys.
+
+    These are the log-sum-exp of each row, in base 2, and beside it sum(grad_out * out).
+    """
     TOKENS: tl.constexpr = ET * EH * EW
     TILES: tl.constexpr = (TOKENS + M - 1) // M
     tile, copy = tl.program_id(0) % TILES, tl.program_id(0) // TILES
@@ -178,8 +181,9 @@ def query_gradient_kernel(
     oo = _load(out, rows * D, real, D, BD, WHOLE and TOKENS % M == 0)
     shift = tl.sum(do.to(tl.float32) * oo.to(tl.float32), 1)
     numbers = _row(batch, head, heads, t, h, w, LT, LH, LW)
-    tl.store(delta + numbers, shift, mask=real)
     log_total = tl.load(lse + numbers, mask=real, other=float("inf")) * LOG2E
+    pair = 2 * numbers[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(stats + pair, tl.join(log_total, shift), mask=real[:, None])
     picks = index + (batch.to(tl.int64) * regions + region) * topk
     k_base, v_base = batch.to(tl.int64) * skb + head * skn, batch.to(tl.int64) * svb + head * svn
     acc = tl.zeros([M, BD], tl.float32)
@@ -234,7 +238,7 @@ KEY_INTEGERS = ["picks", *(name for name in INTEGERS if name != "topk")]
 
 @triton.jit(do_not_specialize=KEY_INTEGERS)
 def key_gradient_kernel(
-    q, k, v, askers, starts, grad_out, lse, delta, grad_k, grad_v, picks,
+    q, k, v, askers, starts, grad_out, stats, grad_k, grad_v, picks,
     regions, heads, LT, LH, LW, scale,
     sqb, sqt, sqh, sqw, sqn, skb, skt, skh, skw, skn, svb, svt, svh, svw, svn,
     ET: tl.constexpr, EH: tl.constexpr, EW: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr,
@@ -268,12 +272,13 @@ def key_gradient_kernel(
         q_rows = _dense(batch, head, heads, qt, qh, qw, LT, LH, LW)
         do = _load(grad_out, q_rows * D, inside, D, BD, WHOLE and EVEN)
         numbers = _row(batch, head, heads, qt, qh, qw, LT, LH, LW)
+        # in one load, which the compiler does not give to every thread that needs a number of it
+        pair = stats + 2 * numbers[:, None] + tl.arange(0, 2)[None, :]
         if WHOLE and EVEN:
-            log_total = tl.load(lse + numbers) * LOG2E
-            shift = tl.load(delta + numbers)
-        else:  # queries that do not exist weigh nothing
-            log_total = tl.load(lse + numbers, mask=inside, other=float("inf")) * LOG2E
-            shift = tl.load(delta + numbers, mask=inside, other=0.0)
+            pair = tl.load(pair)
+        else:  # queries that do not exist are zeros with a gradient of zero, and so add nothing
+            pair = tl.load(pair, mask=inside[:, None], other=0.0)
+        log_total, shift = tl.split(pair)
         scores = tl.dot(kk, tl.trans(qq), input_precision=PRECISION) * (scale * LOG2E)
         weights = tl.exp2(scores - log_total[None, :])
         acc_v = tl.dot(weights.to(do.dtype), do, acc_v, input_precision=PRECISION)
@@ -464,13 +469,13 @@ def backward(
         return grad_q, grad_k, grad_v
     regions, topk = index.shape[1:]
     walked = topk * math.prod(extent)
-    delta = torch.empty_like(lse)
+    stats = torch.empty((*lse.shape, 2), dtype=lse.dtype, device=lse.device)
     _run(
         query_gradient_kernel,
         "query",
         q,
         extent,
-        (q, k, v, index, out, grad, lse, delta, grad_q),
+        (q, k, v, index, out, grad, lse, stats, grad_q),
         (regions, heads, topk, t, h, w, scale),
         walked,
         (q, k, v),
@@ -482,7 +487,7 @@ def backward(
         "key",
         q,
         extent,
-        (q, k, v, askers, starts, grad, lse, delta, grad_k, grad_v),
+        (q, k, v, askers, starts, grad, stats, grad_k, grad_v),
         (regions * topk, regions, heads, t, h, w, scale),
         walked,
         (q, k, v),
