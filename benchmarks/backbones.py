@@ -1,9 +1,13 @@
 """Backbones and their attention against their peers, forward and backward, in one process.
 
 Bi-level routing without copies of keys (Triton kernels, FlexAttention with a block mask, or one copy
-at a time) against the gather of its authors; BiFormer by default and with the kernels; DaViT and HaloNet against timm, where timm is
-installed; a video NAT with one backend of its kernels against FlexAttention. Each pair is checked
-against each other before it is timed:
+at a time) against the gather of its authors; BiFormer by default and with the kernels; DaViT and
+HaloNet against timm, where timm is installed; a video NAT with one backend of its kernels against
+FlexAttention. Each pair is checked against each other before it is timed, in turns.
+
+Eager times are the host's as much as the device's: a batch of small images keeps a large GPU busy for
+less time than Python needs to launch its kernels. So networks are timed as CUDA graphs too, whose
+replay is the device's time alone:
 
     python -m benchmarks.backbones --json backbones.json
 """
@@ -11,7 +15,7 @@ against each other before it is timed:
 import argparse
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -36,27 +40,72 @@ def step(run: Run, leaves: list[Tensor]) -> Tensor:
     return out.detach()
 
 
-def measure(run: Run, leaves: list[Tensor], repeats: int) -> tuple[float, float]:
-    """Median milliseconds and peak MiB above what lay there before; memory is 0 on the CPU."""
-    cuda = leaves[0].is_cuda
-    for _ in range(3):
-        step(run, leaves)
-    peak = 0.0
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(run, leaves)
-        torch.cuda.synchronize()
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    times = []
+def timed(runs: Sequence[Callable[[], object]], repeats: int, cuda: bool) -> list[float]:
+    """Median milliseconds of each, run in turns so that a drift of the machine meets all of them."""
+    times: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
-        begin = perf_counter()
-        step(run, leaves)
+        for run, found in zip(runs, times, strict=True):
+            begin = perf_counter()
+            run()
+            if cuda:
+                torch.cuda.synchronize()
+            found.append((perf_counter() - begin) * 1e3)
+    return [median(found) for found in times]
+
+
+def measure(
+    runs: Sequence[Run], leaves: Sequence[list[Tensor]], repeats: int
+) -> tuple[list[float], list[float]]:
+    """Median milliseconds of steps and peak MiB above what lay there before, 0 on the CPU."""
+    cuda = leaves[0][0].is_cuda
+    steps = [partial(step, run, given) for run, given in zip(runs, leaves, strict=True)]
+    peaks = []
+    for one in steps:
+        for _ in range(3):
+            one()
+        peak = 0.0
         if cuda:
             torch.cuda.synchronize()
-        times.append((perf_counter() - begin) * 1e3)
-    return median(times), peak
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            one()
+            torch.cuda.synchronize()
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+        peaks.append(peak)
+    return timed(steps, repeats, cuda), peaks
+
+
+def graph(run: Run, leaves: list[Tensor]) -> torch.cuda.CUDAGraph:
+    """The step as a CUDA graph.
+
+    Raises:
+        RuntimeError: the step waits for the device or does what else a graph cannot hold.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is made once must not be made inside the graph
+        for _ in range(3):
+            step(run, leaves)
+    torch.cuda.current_stream().wait_stream(stream)
+    found = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(found):
+        step(run, leaves)
+    return found
+
+
+def replayed(
+    runs: Sequence[Run], leaves: Sequence[list[Tensor]], repeats: int
+) -> list[float] | None:
+    """Median milliseconds of replayed graphs of steps; ``None`` where one cannot be captured."""
+    try:
+        graphs = [graph(run, given) for run, given in zip(runs, leaves, strict=True)]
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        print(f"  no CUDA graph: {str(error).splitlines()[0]}", flush=True)
+        return None
+    replays = [found.replay for found in graphs]
+    timed(replays, 3, True)
+    return timed(replays, repeats, True)
 
 
 class Table:
@@ -67,20 +116,30 @@ class Table:
         self.rows: list[dict[str, object]] = []
 
     def add(
-        self, what: str, ours: Run, peer: Run, leaves: list[Tensor], peers: list[Tensor]
+        self,
+        what: str,
+        ours: Run,
+        peer: Run,
+        leaves: list[Tensor],
+        peers: list[Tensor],
+        graphs: bool = False,
     ) -> None:
         first, second = ours().detach(), peer().detach()
         difference = float((first - second).abs().max() / second.abs().max())
         if difference > 0.05:
             raise SystemExit(f"{what}: results differ by {difference:.3f} of the largest value")
-        (a, a_peak), (b, b_peak) = (
-            measure(run, given, self.repeats) for run, given in ((ours, leaves), (peer, peers))
-        )
-        row = {"what": what, "ms": a, "peer_ms": b, "MiB": a_peak, "peer_MiB": b_peak}
+        runs, given = (ours, peer), (leaves, peers)
+        (a, b), (a_peak, b_peak) = measure(runs, given, self.repeats)
+        row: dict[str, object] = {"what": what, "ms": a, "peer_ms": b}
+        row |= {"MiB": a_peak, "peer_MiB": b_peak}
         self.rows.append(row)
         memory = f", {a_peak:.0f} against {b_peak:.0f} MiB" if b_peak else ""
         share = f" ({b_peak / a_peak:.2f} times)" if a_peak else ""
         print(f"{what}: {a:.2f} against {b:.2f} ms ({b / a:.2f} times){memory}{share}", flush=True)
+        replays = replayed(runs, given, self.repeats) if graphs and leaves[0].is_cuda else None
+        if replays is not None:
+            row["graph_ms"], row["peer_graph_ms"] = a, b = replays
+            print(f"  as CUDA graphs: {a:.2f} against {b:.2f} ms ({b / a:.2f} times)", flush=True)
         if self.file is not None:  # a run that is cut short leaves what it measured
             self.file.write_text(json.dumps({**self.facts, "rows": self.rows}, indent=1))
 
@@ -114,15 +173,18 @@ def pair(
     x: Tensor,
     channels_last: bool,
 ) -> None:
-    """Two models with the same weights on the same input."""
+    """Two models with the same weights on the same input, in one memory format."""
     ours, peer = (model.to(x.device, x.dtype).eval() for model in (ours, peer))
-    theirs = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    if channels_last:
+        ours, peer = (model.to(memory_format=torch.channels_last) for model in (ours, peer))
+        x = x.contiguous(memory_format=torch.channels_last)
     table.add(
         what,
         partial(ours, x),
-        partial(peer, theirs),
+        partial(peer, x),
         list(ours.parameters()),
         list(peer.parameters()),
+        graphs=True,
     )
 
 
@@ -172,7 +234,7 @@ def models(table: Table, device: str, dtype: torch.dtype, batch: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, help="images of a batch; 16 on a GPU, 1 elsewhere")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument(
         "--only", nargs="*", choices=("routing", "models"), help="parts; all by default"
     )
