@@ -64,10 +64,14 @@ class FullLepeAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, H, W, C) to the same shape."""
-        q, k, v = self.qkv(x.flatten(1, 3)).unflatten(-1, (3, LAST_HEADS, -1)).unbind(-3)
-        out = dispatch_attention(q, k, v).flatten(-2).view(x.shape)
-        source = v.flatten(-2).view(x.shape) if self.lepe_from_value else x
-        return cast(Tensor, self.proj(out + self.lepe(source)))
+        b, t, h, w, c = x.shape
+        # linear layers of rows record no views of their own, forward and backward
+        qkv = self.qkv(x.reshape(-1, c)).view(b, t * h * w, 3, LAST_HEADS, c // LAST_HEADS)
+        q, k, v = qkv.unbind(2)
+        out = dispatch_attention(q, k, v).reshape(x.shape)
+        source = v.reshape(x.shape) if self.lepe_from_value else x
+        out = out + self.lepe(source)
+        return cast(Tensor, self.proj(out.view(-1, c))).view(x.shape)
 
 
 class _Block(nn.Module):
