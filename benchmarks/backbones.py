@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +177,8 @@ def pair(
     """Two models with the same weights on the same input, in one memory format."""
     ours, peer = (model.to(x.device, x.dtype).eval() for model in (ours, peer))
     if channels_last:
-        ours, peer = (model.to(memory_format=torch.channels_last) for model in (ours, peer))
+        for model in (ours, peer):
+            cast(Any, model).to(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
     table.add(
         what,
@@ -203,13 +205,14 @@ def models(table: Table, device: str, dtype: torch.dtype, batch: int) -> None:
 
     if device == "cuda":
         clip = torch.randn(1, 3, 16, 224, 224, device=device, dtype=dtype)
-        options = {"depths": (1, 1, 1, 1), "dilations": [[1]] * 4, "num_classes": 10, "frames": 16}
+        options: dict[str, Any] = {"depths": (1, 1, 1, 1), "dilations": [[1]] * 4}
+        options |= {"num_classes": 10, "frames": 16}
         ours = create_backbone("nat_mini", **options)
         peer = create_backbone("nat_mini", backend="flex", **options)
         for model in (ours, peer):  # FlexAttention takes no bias table
             for module in model.modules():
                 if hasattr(module, "rpb"):
-                    module.rpb = None
+                    cast(Any, module).rpb = None
         peer.load_state_dict(ours.state_dict())
         pair(table, "video NAT at (16, 56, 56) against FlexAttention", ours, peer, clip, False)
 
