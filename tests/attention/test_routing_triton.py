@@ -122,6 +122,15 @@ def test_a_region_that_all_pick_and_regions_that_none_picks() -> None:
         assert torch.equal(x.ne(0).any(-1).any(-1), picked)
 
 
+def test_scores_far_below_zero_leave_padding_without_weight() -> None:
+    """The sum of exponentials underflows, so a key of zeros behind the grid would weigh infinitely."""
+    *tensors, up = problem(4, 1, (1, 5, 5), 1, 16, torch.float32)
+    query, key = tensors[:2]
+    query.mul_(0.1).add_(2.6)
+    key.mul_(0.1).sub_(2.6)
+    check(tensors, up, region=(1, 3, 3), topk=2, scale=1.0)
+
+
 @pytest.mark.parametrize(("regions", "topk"), [(1, 1), (5, 5), (9, 2), (40, 30)])
 def test_the_inversion_lists_who_picked(regions: int, topk: int) -> None:
     """More picks than a program reads at once among them."""
