@@ -146,15 +146,16 @@ class SpatialWindowAttention(_Projected):
         if ragged:  # padding by nothing would still copy
             frames = F.pad(frames, pad)
         layout = WindowLayout((1, h + -h % s, w + -w % s), (s, s))
-        # linear layers of rows record no views of their own, forward and backward
-        qkv = self.qkv(layout.pack(frames).view(-1, c))
-        q, k, v = qkv.view(-1, s * s, 3, self.num_heads, c // self.num_heads).unbind(2)
+        windows = layout.pack(frames)
+        rows = windows.flatten(0, 1)  # of which linear layers record no views, as of three axes
+        qkv = self.qkv(rows).view(*windows.shape[:2], 3, self.num_heads, c // self.num_heads)
+        q, k, v = qkv.unbind(2)
         mask = None
         if self.mask_padding and ragged:
             inside = F.pad(torch.ones(1, 1, h, w, 1, device=x.device), pad)
             mask = layout.pack(inside.expand(b * t, -1, -1, -1, -1)).bool()[:, None, None, :, 0]
-        out = self.proj(dispatch_attention(q, k, v, mask=mask).reshape(-1, c))
-        out = layout.unpack(out)
+        out = self.proj(dispatch_attention(q, k, v, mask=mask).reshape(rows.shape))
+        out = layout.unpack(out.view(windows.shape))
         if ragged:
             out = out[:, :, :h, :w]
         return out if t == 1 else out.view(b, t, h, w, c)
