@@ -24,6 +24,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 #: picks that a program of the inversion reads at once
 PICKS = 1024
 
+#: tiles that fit a device, where those of :func:`sizes` did not
+_FITTING: dict[tuple[Any, ...], dict[str, int]] = {}
+
 #: Regions' sizes are compiled in, since a token's place takes divisions by them; all else is not.
 INTEGERS = [
     "regions", "heads", "topk", "LT", "LH", "LW",
@@ -358,6 +361,8 @@ def _run(
     strides, align = _strides(*strided)
     whole = not any(n % e for n, e in zip(grid, extent, strict=True))
     tile = sizes(name, tokens, walked, whole, padded, like.element_size())
+    key = (name, like.device, like.dtype, padded, whole, *tile.values())
+    tile = _FITTING.get(key, tile)
     while True:
         even = (tokens if name == "key" else walked) % tile["N"] == 0
         constants: dict[str, Any] = {
@@ -380,7 +385,7 @@ def _run(
             if tile["M"] == tile["N"] == 16:
                 raise
             larger = "M" if tile["M"] > tile["N"] else "N"
-            tile = tile | {larger: tile[larger] // 2}
+            tile = _FITTING[key] = tile | {larger: tile[larger] // 2}
         else:
             return
 

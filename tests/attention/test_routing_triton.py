@@ -23,6 +23,8 @@ if not routing.HAS_TRITON:
 if not CUDA and not interpreted():
     pytest.skip("no GPU, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
+from triton.runtime.errors import OutOfResources
+
 from stvision.attention import routing_triton
 
 HALVES = [torch.float16] if interpreted() else [torch.float16, torch.bfloat16]
@@ -147,6 +149,25 @@ def test_the_inversion_lists_who_picked(regions: int, topk: int) -> None:
     assert starts[:, -1].tolist() == [regions * topk] * 3
 
 
+def test_tiles_shrink_to_what_a_device_has_room_for(monkeypatch) -> None:
+    *tensors, up = problem(5, 1, (1, 16, 16), 1, 16, torch.float32)
+    launch, refused = routing_triton._launch, []
+
+    def small(kernel: Any, programs: int, device: Any, arguments: tuple, constants: dict) -> None:
+        if constants.get("M", 0) * constants.get("N", 0) > 256:
+            refused.append(kernel)
+            raise OutOfResources(2, 1, "shared memory")
+        launch(kernel, programs, device, arguments, constants)
+
+    monkeypatch.setattr(routing_triton, "_launch", small)
+    monkeypatch.setattr(routing_triton, "_FITTING", {})
+    check(tensors, up, region=(1, 8, 8), topk=2)
+    assert len(set(refused)) == 3
+    before = len(refused)
+    check(tensors, up, region=(1, 8, 8), topk=2)
+    assert len(refused) == before
+
+
 def test_one_graph_autocast_and_sound_operators() -> None:
     *tensors, up = problem(1, 1, (1, 4, 3), 1, 8, torch.float32)
     options = {"region": (1, 2, 2), "topk": 2, "implementation": "triton"}
@@ -220,7 +241,7 @@ GPU_CASES = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [24, 32, 64, 128, 256])
+@pytest.mark.parametrize("head_dim", [32, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("grid", "region", "topk", "padding"), GPU_CASES)
 def test_a_gpu_equals_the_gather(grid, region, topk, padding, dtype, head_dim) -> None:
@@ -230,6 +251,17 @@ def test_a_gpu_equals_the_gather(grid, region, topk, padding, dtype, head_dim) -
     check(tensors, up, **options)
     first, second = (results(tensors, up, **options, implementation="triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [8, 24, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("grid", "region"), [((1, 16, 16), (1, 8, 8)), ((1, 10, 10), (1, 4, 4)), ((3, 9, 9), (2, 5, 5))]
+)
+def test_other_heads_on_a_gpu(grid, region, dtype, head_dim) -> None:
+    *tensors, up = problem(0, 2, grid, 4, head_dim, dtype)
+    check(tensors, up, region=region, topk=2)
 
 
 @pytest.mark.gpu
