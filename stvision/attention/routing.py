@@ -781,8 +781,10 @@ class BiLevelRoutingAttention(nn.Module):
         """Map (B, T, H, W, C) to the same shape; ValueError for another shape."""
         check_volume(x, self.dim)
         frames, height, width = x.shape[1:4]
-        if self.flavour == "legacy":
-            x = F.pad(x, (0, 0, 0, -width % self.n_win, 0, -height % self.n_win))
+        down, right = -height % self.n_win, -width % self.n_win
+        padded = self.flavour == "legacy" and bool(down or right)
+        if padded:
+            x = F.pad(x, (0, 0, 0, right, 0, down))
         rows, columns = (max(1, n // self.n_win) for n in x.shape[2:4])
         region = (self.region_frames or frames, rows, columns)
         grid = cast(tuple[int, int, int], tuple(x.shape[1:4]))
@@ -799,7 +801,7 @@ class BiLevelRoutingAttention(nn.Module):
         ).flatten(-2)
         if self.lepe is not None:
             out = out + self.lepe(value)
-        return self.proj(out[:, :, :height, :width])
+        return self.proj(out[:, :, :height, :width] if padded else out)
 
     def extra_repr(self) -> str:
         return (
