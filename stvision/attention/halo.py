@@ -153,6 +153,10 @@ def _neighborhood(
         shape[a + 1], shape[5] = code.shape
         parts_q.append(worth)
         parts_k.append(code.view(shape).expand(*key.shape[:5], -1))
+    # rows of a multiple of 8 numbers are loaded 16 bytes at a time
+    if rest := -sum(x.shape[-1] for x in parts_k) % 8:
+        for parts in (parts_q, parts_k):
+            parts.append(parts[0].new_zeros(1).expand(*parts[0].shape[:-1], rest))
     query, key = torch.cat(parts_q, -1), torch.cat(parts_k, -1)
     mask = None
     hidden = (True, mask_border, mask_border)
@@ -169,8 +173,8 @@ def _neighborhood(
     if strided:
         query_map = "start"
         totals = [n // axis.stride for axis, n in zip(axes, key.shape[1:4], strict=True)]
-        rest = [n - p - m for n, p, m in zip(totals, first, query.shape[1:4], strict=True)]
-        query = _pad(query, first, rest)
+        behind = [n - p - m for n, p, m in zip(totals, first, query.shape[1:4], strict=True)]
+        query = _pad(query, first, behind)
     out = na3d(
         query,
         key,

@@ -225,6 +225,20 @@ def test_equal_frames_give_what_their_frame_gives(name: str) -> None:
     assert (video(clip) - image(x)).abs().max() < 1e-12
 
 
+def test_the_kernels_get_rows_of_a_multiple_of_8_numbers(monkeypatch) -> None:
+    sizes = []
+
+    def spy(query: Tensor, key: Tensor, *args, **kwargs) -> Tensor:
+        sizes.append((query.shape[-1], key.shape[-1]))
+        return na3d(query, key, *args, **kwargs)
+
+    na3d = halo.na3d
+    monkeypatch.setattr(halo, "na3d", spy)
+    layer = HaloAttention(24, num_heads=2, block_size=4, halo_size=1, halo_frames=1)
+    layer(torch.randn(1, 3, 5, 6, 24))
+    assert sizes and all(q == k and k % 8 == 0 for q, k in sizes)
+
+
 def test_windows_are_automatic_where_frames_stand_alone_and_scores_are_few(monkeypatch) -> None:
     def kernels(**options: object) -> bool:
         given: dict[str, object] = {"block": (1, 2, 2), "halo": (0, 1, 1)} | options
