@@ -207,7 +207,9 @@ def rounding_errors(
     the forward, the output, from which the backward takes its row sums, weights and gradients of
     scores in the backward, and the gradients. Where a window holds a few keys or a head a few
     numbers, these do not average out and move a gradient by several times a rounding of its own, in
-    every attention that keeps its output in 16 bits. Not for additional tokens.
+    every attention that keeps its output in 16 bits. A rounding is drawn evenly from half a unit of
+    the last place at the least mantissa, which nearest roundings stay within: what comes out is up to
+    twice what they make. Not for additional tokens.
     """
     inputs = {name: x.detach().cpu().double() for name, x in problem.inputs.items()}
     axes, kept = build_axes(inputs["query"].shape[1:-2], problem.grid, **problem.window)

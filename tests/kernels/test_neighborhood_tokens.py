@@ -71,7 +71,7 @@ def test_both_parts_against_the_definition(
     if "triton" in pair and dtype in (torch.float64, torch.bfloat16):
         pytest.skip("kernels have no float64, and their interpreter no bfloat16 products")
     if pair[0] == "triton" and dtype == torch.float16 and CASES[name].tokens < 24:
-        pytest.skip("few keys a row: a 16-bit output is no measure, see rounded_gradients")
+        pytest.skip("few keys a row: roundings of a 16-bit output alone may pass the limit")
     problem = CASES[name].build(dtype)
     for deterministic in {False, "triton" in pair}:
         options = {"backend": pair[0], "attention_kwargs": {"backend": pair[1]}}

@@ -109,11 +109,11 @@ def test_box_kernels(name: str, deterministic: bool) -> None:
     hook = kernel.pre_run_hooks
     hook.append(lambda *args, **kwargs: ran.append(True))
     try:
-        # with 8 numbers a head roundings to 16 bits do not average out
+        # six keys and 8 numbers a head: nearest roundings to bfloat16 alone make 3.3e-3 on average
         run(
             dtype,
             problem,
-            rounded=dtype != torch.float32,
+            rounded=name == "one axis" and dtype != torch.float32,
             q_tile_shape=query,
             kv_tile_shape=key,
             deterministic=deterministic,
