@@ -1,13 +1,13 @@
 """Backbones and their attention against their peers, forward and backward, in one process.
 
 Bi-level routing without copies of keys (Triton kernels, FlexAttention with a block mask, or one copy
-at a time) against the gather of its authors; BiFormer by default and with the kernels; DaViT and
-HaloNet against timm, where timm is installed; a video NAT with one backend of its kernels against
-FlexAttention. Each pair is checked against each other before it is timed, in turns.
+at a time) against the gather of its authors, alone and in BiFormer; DaViT and HaloNet against timm,
+where timm is installed; a video NAT with one backend of its kernels against FlexAttention. Each pair
+is checked against each other before it is timed, in turns.
 
 Eager times are the host's as much as the device's: a batch of small images keeps a large GPU busy for
-less time than Python needs to launch its kernels. So networks are timed as CUDA graphs too, whose
-replay is the device's time alone:
+less time than Python needs to launch its kernels. So networks and our kernels are timed as CUDA
+graphs too, whose replay is the device's time alone:
 
     python -m benchmarks.backbones --json backbones.json
 """
@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stvision.attention.routing import HAS_TRITON, bilevel_routing_attention, why_not_triton
+from stvision.attention.routing import bilevel_routing_attention, why_not_triton
 from stvision.models.backbones import create_backbone
 from stvision.models.davit import convert_davit_state_dict
 from stvision.models.halonet import convert_halonet_state_dict
@@ -163,7 +163,8 @@ def routing(table: Table, device: str, dtype: torch.dtype, batch: int) -> None:
             names.insert(0, "triton")
         for name in names:
             what = f"routing {grid}, regions {region}, {name} against gather"
-            table.add(what, partial(run, implementation=name), gather, leaves, leaves)
+            graphs = name == "triton"
+            table.add(what, partial(run, implementation=name), gather, leaves, leaves, graphs)
 
 
 def pair(
@@ -194,14 +195,9 @@ def models(table: Table, device: str, dtype: torch.dtype, batch: int) -> None:
     """Whole networks against their peers."""
     x = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
     peer = create_backbone("biformer_tiny", num_classes=10, implementation="gather")
-    named: list[str | None] = [None]
-    if device == "cuda" and HAS_TRITON:
-        named.append("triton")
-    for name in named:
-        ours = create_backbone("biformer_tiny", num_classes=10, implementation=name)
-        ours.load_state_dict(peer.state_dict())
-        what = f"biformer_tiny at 224, {name or 'default'} against gather"
-        pair(table, what, ours, peer, x, False)
+    ours = create_backbone("biformer_tiny", num_classes=10)
+    ours.load_state_dict(peer.state_dict())
+    pair(table, "biformer_tiny at 224 against gather", ours, peer, x, False)
 
     if device == "cuda":
         clip = torch.randn(1, 3, 16, 224, 224, device=device, dtype=dtype)

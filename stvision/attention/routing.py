@@ -29,7 +29,7 @@ from stvision.layers.vision import DepthwiseConv
 CHUNK_ELEMENTS = 1 << 24
 CPU_CHUNK_ELEMENTS = 1 << 20
 
-#: what FlexAttention and the gather took on one H100 (torch 2.11, bfloat16, batch 16, 4 heads of 32
+#: Where the Triton kernels cannot run. What FlexAttention and the gather took on one H100 (torch 2.11, bfloat16, batch 16, 4 heads of 32
 #: numbers, topk 4, forward and backward), by tokens of a region and number of regions:
 #:      64 tokens,  49 regions:  4.73 and  2.54 ms, 187 and  516 MiB
 #:     256 tokens,  49 regions:  6.43 and 14.74 ms, 740 and 6762 MiB
@@ -41,8 +41,6 @@ FLEX_TOKENS = 128
 GATHER_BYTES = 1 << 31
 
 IMPLEMENTATIONS = ("triton", "flex", "blocked", "gather")
-#: whether the Triton kernels have passed the tests marked ``gpu`` on a device
-TRITON_IS_CHECKED = False
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -412,15 +410,18 @@ def _triton_op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    index: Tensor,
     extent: Sequence[int],
+    topk: int,
     zeros: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp and picked regions: one operator, since each costs the host's time."""
     from stvision.attention import routing_triton
 
     et, eh, ew = extent
-    return routing_triton.forward(query, key, value, index, (et, eh, ew), zeros, scale)
+    index = routing_triton.route(query, key, (et, eh, ew), topk)
+    out, lse = routing_triton.forward(query, key, value, index, (et, eh, ew), zeros, scale)
+    return out, lse, index
 
 
 @_triton_op.register_fake
@@ -428,14 +429,16 @@ def _(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    index: Tensor,
     extent: Sequence[int],
+    topk: int,
     zeros: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     b, t, h, w, heads, _ = query.shape
     lse = query.new_empty((b, heads, t, h, w), dtype=torch.float32)
-    return query.new_empty(query.shape), lse
+    regions = math.prod(-(-n // e) for n, e in zip((t, h, w), extent, strict=True))
+    index = query.new_empty((b, regions, topk), dtype=torch.int32)
+    return query.new_empty(query.shape), lse, index
 
 
 @torch.library.custom_op("stvision::routed_volume_attention_backward", mutates_args=())
@@ -479,12 +482,17 @@ def _(
     )
 
 
-def _triton_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, index, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, index, *output)
+def _triton_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, extent, _, zeros, scale = inputs
+    out, lse, index = output
+    ctx.options = extent, zeros, scale
+    ctx.save_for_backward(query, key, value, index, out, lse)
+    ctx.set_materialize_grads(False)  # no one asks for gradients of the log-sum-exp
 
 
-def _triton_gradient(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _triton_gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
     grads = _triton_backward_op(grad, *ctx.saved_tensors, *ctx.options)
     return *grads, None, None, None, None
 
@@ -621,7 +629,7 @@ def _choose(
     """The implementation to take where none is named."""
     if query.device.type != "cuda":
         return "blocked"
-    if TRITON_IS_CHECKED and why_not_triton(query, key, value) is None:
+    if why_not_triton(query, key, value) is None:
         return "triton"
     tokens, (heads, head_dim) = math.prod(layout.extent), query.shape[-2:]
     length = query.shape[0] * math.prod(layout.counts) * tokens
@@ -661,9 +669,10 @@ def bilevel_routing_attention(
             ``"flex"`` (FlexAttention with a block mask; compiled on a GPU, without gradients on the
             CPU), ``"blocked"`` (any device: copies of keys and values for few regions at a time on
             the CPU, of one region for each elsewhere), or ``"gather"`` (the definition, ``topk``
-            copies). ``None`` takes on a GPU ``"flex"`` for regions of at least 128 tokens,
-            ``"gather"`` for smaller ones while its copies and scores stay below 2 GiB, each as far
-            as it fits, and else ``"blocked"``. Only ``"gather"`` has second derivatives.
+            copies). ``None`` takes on a GPU ``"triton"``, where it cannot run ``"flex"`` for
+            regions of at least 128 tokens, ``"gather"`` for smaller ones while its copies and
+            scores stay below 2 GiB, each as far as it fits, and else ``"blocked"``. Only
+            ``"gather"`` has second derivatives.
 
     Returns:
         (B, T, H, W, heads, head_dim) in the dtype of ``query``. Gradients flow to queries, keys
@@ -704,11 +713,10 @@ def bilevel_routing_attention(
         raise ValueError(f"implementation {implementation!r} cannot run this: {why}")
     scale = math.prod(query.shape[-2:]) ** -0.5 if scale is None else scale
 
-    index = route_regions(layout.mean(query), layout.mean(key), topk)
     if implementation == "triton":
-        picks = index.to(torch.int32).contiguous()
         zeros = padding == "zeros"
-        return _triton_op(query, key, value, picks, layout.extent, zeros, float(scale))[0]
+        return _triton_op(query, key, value, layout.extent, topk, zeros, float(scale))[0]
+    index = route_regions(layout.mean(query), layout.mean(key), topk)
     q, k, v = (layout.pack(x) for x in (query, key, value))
     spatial = padding == "masked"
     inside = layout.inside(query.device, (True, spatial, spatial))

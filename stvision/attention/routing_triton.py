@@ -5,9 +5,13 @@ owns tokens of one region and one head. What they attend to is a flat list: toke
 region that was picked in place ``j // n``, so a box of columns holds tokens of several regions where
 these are small. Which regions picked a region is counted on the device, hence nothing waits for it,
 and each gradient has one writer: results repeat bit by bit.
+
+The choice of regions is two kernels and a product: small inputs cost what the host needs to launch,
+and written with tensors it is some thirty operators.
 """
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +27,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 #: picks that a program of the inversion reads at once
 PICKS = 1024
+
+#: what the kernel that picks takes: more regions do not fit its registers, and more picks, one after
+#: another, take longer than a sort
+MOST_REGIONS = 8192
+MOST_PICKS = 64
 
 #: tiles that fit a device, where those of :func:`sizes` did not
 _FITTING: dict[tuple[Any, ...], dict[str, int]] = {}
@@ -99,6 +108,53 @@ def _store(pointer, rows, real, x, D: tl.constexpr, BD: tl.constexpr):
         x.to(pointer.dtype.element_ty),
         mask=real[:, None] & (dim < D)[None, :],
     )
+
+
+@triton.jit(do_not_specialize=[name for name in INTEGERS if name[:2] != "sv" and name != "topk"])
+def means_kernel(
+    q, k, means, batches, regions, heads, LT, LH, LW,
+    sqb, sqt, sqh, sqw, sqn, skb, skt, skh, skw, skn,
+    ET: tl.constexpr, EH: tl.constexpr, EW: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One program per region and head, for queries and then for keys: the mean of their tokens."""
+    TOKENS: tl.constexpr = ET * EH * EW
+    head, copy = tl.program_id(0) % heads, tl.program_id(0) // heads
+    region, copy = copy % regions, copy // regions
+    batch = (copy % batches).to(tl.int64)
+    dim = tl.arange(0, BD)
+    total = tl.zeros([M, BD], tl.float32)
+    number = tl.zeros([M], tl.int32)
+    for first in range(0, TOKENS, M):
+        token = first + tl.arange(0, M)
+        t, h, w = _place(region, token, ET, EH, EW, NH, NW)
+        real = (token < TOKENS) & (t < LT) & (h < LH) & (w < LW)
+        if copy < batches:
+            rows = batch * sqb + head * sqn + _offset(t, h, w, sqt, sqh, sqw)
+            x = _load(q, rows * ALIGN, real, D, BD, WHOLE and TOKENS % M == 0)
+        else:
+            rows = batch * skb + head * skn + _offset(t, h, w, skt, skh, skw)
+            x = _load(k, rows * ALIGN, real, D, BD, WHOLE and TOKENS % M == 0)
+        total += x.to(tl.float32)
+        number += real.to(tl.int32)
+    mean = tl.sum(total, 0) / tl.sum(number, 0)
+    row = (copy.to(tl.int64) * regions + region) * heads + head
+    tl.store(means + row * D + dim, mean, mask=dim < D)
+
+
+@triton.jit(do_not_specialize=["regions", "topk"])
+def pick_kernel(affinity, index, regions, topk, BLOCK: tl.constexpr):
+    """One program per region: the places of its ``topk`` largest affinities, the first of equals."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    x = tl.load(affinity + row * regions + at, mask=at < regions, other=0.0)
+    # what is taken becomes minus infinity, so no affinity may be that; NaN comes first, as in a sort
+    x = tl.maximum(tl.where(x <= float("inf"), x, float("inf")), -3.0e38)
+    x = tl.where(at < regions, x, float("-inf"))
+    for i in range(topk):
+        best = tl.argmax(x, 0)
+        tl.store(index + row * topk + i, best.to(tl.int32))
+        x = tl.where(at == best, float("-inf"), x)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -343,6 +399,27 @@ def _on_last_axis(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+@lru_cache(maxsize=256)
+def _places(grid: tuple[int, int, int], extent: tuple[int, int, int]) -> tuple[int, dict[str, Any]]:
+    """The number of regions of a grid, and what kernels compile in of their tokens' places."""
+    counts = [-(-n // e) for n, e in zip(grid, extent, strict=True)]
+    return math.prod(counts), {
+        **dict(zip(("ET", "EH", "EW"), extent, strict=True)),
+        "NH": counts[1],
+        "NW": counts[2],
+        "WHOLE": not any(n % e for n, e in zip(grid, extent, strict=True)),
+    }
+
+
+@lru_cache(maxsize=256)
+def _tile(
+    name: str, extent: tuple[int, int, int], walked: int, whole: bool, head_dim: int, bytes_: int
+) -> tuple[tuple[str, int], ...]:
+    """What :func:`sizes` chooses, kept."""
+    found = sizes(name, math.prod(extent), walked, whole, head_dim, bytes_)
+    return tuple(found.items())
+
+
 def _run(
     kernel: Any,
     name: str,
@@ -355,30 +432,26 @@ def _run(
     flags: dict[str, bool],
 ) -> None:
     """Launch with the shapes of :func:`sizes`, halved where the device has too little memory."""
-    grid = like.shape[1:4]
-    counts = [-(-n // e) for n, e in zip(grid, extent, strict=True)]
-    tokens, padded = math.prod(extent), _padded(like.shape[-1])
+    b, t, h, w, heads, head_dim = like.shape
+    regions, places = _places((t, h, w), extent)
+    tokens, padded = math.prod(extent), _padded(head_dim)
     strides, align = _strides(*strided)
-    whole = not any(n % e for n, e in zip(grid, extent, strict=True))
-    tile = sizes(name, tokens, walked, whole, padded, like.element_size())
-    key = (name, like.device, like.dtype, padded, whole, *tile.values())
-    tile = _FITTING.get(key, tile)
+    shape = _tile(name, extent, walked, places["WHOLE"], padded, like.element_size())
+    key = (name, like.device, like.dtype, padded, places["WHOLE"], shape)
+    tile = _FITTING.get(key) or dict(shape)
     while True:
         even = (tokens if name == "key" else walked) % tile["N"] == 0
         constants: dict[str, Any] = {
-            **dict(zip(("ET", "EH", "EW"), extent, strict=True)),
-            "NH": counts[1],
-            "NW": counts[2],
-            "D": like.shape[-1],
+            **places,
+            "D": head_dim,
             "BD": padded,
             "ALIGN": align,
-            "WHOLE": whole,
             "EVEN": even,
             "PRECISION": _precision(like.dtype),
             **tile,
             **flags,
         }
-        programs = -(-tokens // tile["M"]) * math.prod(counts) * like.shape[0] * like.shape[-2]
+        programs = -(-tokens // tile["M"]) * regions * b * heads
         try:
             _launch(kernel, programs, like.device, (*tensors, *numbers, *strides), constants)
         except OutOfResources:
@@ -388,6 +461,62 @@ def _run(
             tile = _FITTING[key] = tile | {larger: tile[larger] // 2}
         else:
             return
+
+
+def route(query: Tensor, key: Tensor, extent: tuple[int, int, int], topk: int) -> Tensor:
+    """The regions that each region attends to, best first, of equal ones the first.
+
+    Means and affinities are float32; the latter are a product like others, of TF32 where that is
+    allowed.
+
+    Args:
+        query, key: (B, T, H, W, heads, head_dim) of one dtype.
+        extent: frames, rows and columns of a region.
+        topk: regions to pick.
+
+    Returns:
+        (B, regions, topk) int32, contiguous.
+    """
+    q, k = _on_last_axis(query), _on_last_axis(key)
+    b, t, h, w, heads, head_dim = q.shape
+    regions, places = _places((t, h, w), extent)
+    index = torch.empty((b, regions, topk), dtype=torch.int32, device=q.device)
+    if not index.numel():
+        return index
+    means = torch.empty((2, b, regions, heads * head_dim), dtype=torch.float32, device=q.device)
+    padded = _padded(head_dim)
+    strides, align = _strides(q, k)
+    rows = min(_pow2(math.prod(extent)), max(16, 2048 // padded))
+    _launch(
+        means_kernel,
+        2 * b * regions * heads,
+        q.device,
+        (q, k, means, b, regions, heads, t, h, w, *strides),
+        {
+            **places,
+            "M": rows,
+            "D": head_dim,
+            "BD": padded,
+            "ALIGN": align,
+            "num_warps": 4,
+            "num_stages": 1,
+        },
+    )
+    # written to a given tensor, which autocast leaves alone
+    affinity = torch.empty((b, regions, regions), dtype=torch.float32, device=q.device)
+    torch.bmm(means[0], means[1].mT, out=affinity)
+    if regions > MOST_REGIONS or topk > MOST_PICKS:
+        index.copy_(affinity.sort(dim=-1, descending=True, stable=True)[1][..., :topk])
+        return index
+    block = _pow2(regions)
+    _launch(
+        pick_kernel,
+        b * regions,
+        q.device,
+        (affinity, index, regions, topk),
+        {"BLOCK": block, "num_warps": min(8, max(1, block // 512)), "num_stages": 1},
+    )
+    return index
 
 
 def forward(

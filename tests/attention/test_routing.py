@@ -267,12 +267,11 @@ def test_means_on_the_grid_are_those_of_packed_regions(region, dtype) -> None:
 def test_the_choice_follows_the_measurements(
     batch, grid, region, head_dim, wanted, monkeypatch
 ) -> None:
-    monkeypatch.setattr(routing, "TRITON_IS_CHECKED", False)
+    monkeypatch.setattr(routing, "HAS_TRITON", False)
     layout = RegionLayout(grid, region)
     with FakeTensorMode():
         x = torch.empty(batch, *grid, 4, head_dim, device="cuda", dtype=torch.bfloat16)
         assert routing._choose(x, x, x, layout, 4, True) == wanted
-        monkeypatch.setattr(routing, "TRITON_IS_CHECKED", True)
         monkeypatch.setattr(routing, "HAS_TRITON", True)
         assert routing._choose(x, x, x, layout, 4, True) == "triton"
         wide = x.double()

@@ -133,6 +133,51 @@ def test_scores_far_below_zero_leave_padding_without_weight() -> None:
     check(tensors, up, region=(1, 3, 3), topk=2, scale=1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(
+    ("grid", "region", "heads", "head_dim", "topk"),
+    [
+        ((1, 6, 8), (1, 3, 2), 2, 8, 3),
+        ((5, 7, 5), (2, 3, 2), 3, 24, 24),
+        ((1, 20, 9), (1, 1, 1), 1, 40, 2),
+        ((2, 19, 9), (2, 19, 4), 1, 200, 3),
+        ((1, 10, 10), (1, 1, 1), 1, 16, 70),
+    ],
+)
+def test_picks_the_regions_of_the_definition(grid, region, heads, head_dim, topk, dtype) -> None:
+    """Also from tensors of other strides than one another, and more picks than the kernel takes."""
+    query, key = problem(6, 2, grid, heads, head_dim, dtype)[:2]
+    key = key.transpose(1, 3).contiguous().transpose(1, 3)
+    found = poisoned_route(query, key, region, topk)
+    layout = routing.RegionLayout(grid, region)
+    wanted = routing.route_regions(layout.mean(query.double()), layout.mean(key.double()), topk)
+    assert found.dtype == torch.int32
+    assert torch.equal(found.cpu().long(), wanted.cpu())
+
+
+def poisoned_route(query: Tensor, key: Tensor, region: Any, topk: int) -> Tensor:
+    with poisoned():
+        return routing_triton.route(query, key, region, topk)
+
+
+def test_picks_the_first_of_equals_and_each_once() -> None:
+    """Affinities that tie, that overflow, and that are no numbers."""
+    query = torch.ones(1, 1, 3, 3, 1, 8, device=DEVICE)
+    first = torch.arange(9, device=DEVICE)
+    found = poisoned_route(query, query, (1, 1, 1), 9)
+    assert torch.equal(found[0].long(), first.expand(9, 9))
+    key = query.clone()
+    key[:, :, 1, 1] = 2.0
+    key[:, :, 0, 2] = -torch.inf
+    found = poisoned_route(query, key, (1, 1, 1), 9)
+    assert found[0, 0].tolist() == [4, 0, 1, 3, 5, 6, 7, 8, 2]
+    key[:, :, 2, 2] = torch.nan
+    found = poisoned_route(query, key, (1, 1, 1), 9)
+    assert found[0, 0].tolist() == [8, 4, 0, 1, 3, 5, 6, 7, 2]
+    found = poisoned_route(query * torch.nan, key, (1, 1, 1), 5)
+    assert torch.equal(found[0].long(), first[:5].expand(9, 5))
+
+
 @pytest.mark.parametrize(("regions", "topk"), [(1, 1), (5, 5), (9, 2), (40, 30)])
 def test_the_inversion_lists_who_picked(regions: int, topk: int) -> None:
     """More picks than a program reads at once among them."""
@@ -184,10 +229,9 @@ def test_one_graph_autocast_and_sound_operators() -> None:
     with torch.autocast(DEVICE, torch.bfloat16):
         found = results(tensors, up, **options)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    index = torch.tensor([[[0, 1], [2, 3], [1, 0], [3, 1]]]).int().to(DEVICE)
-    arguments = (*leaves, index, [1, 2, 2], False, 0.3)
+    arguments = (*leaves, [1, 2, 2], 2, False, 0.3)
     torch.library.opcheck(routing._triton_op, arguments)
-    out, lse = (x.detach() for x in routing._triton_op(*arguments))
+    out, lse, index = (x.detach() for x in routing._triton_op(*arguments))
     arguments = (up, *tensors, index, out, lse, [1, 2, 2], False, 0.3)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(routing._triton_backward_op, arguments, test_utils=checks)

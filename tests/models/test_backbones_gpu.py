@@ -94,8 +94,13 @@ def without_kinks(model: nn.Module) -> None:
             if isinstance(child, nn.ReLU):
                 setattr(parent, name, nn.SiLU())
             elif isinstance(child, nn.MaxPool2d):
-                size, stride, padding = child.kernel_size, child.stride, child.padding
-                setattr(parent, name, nn.AvgPool2d(size, stride, padding))
+                # padded by itself: in channels last on a GPU, average pooling with padding has wrong
+                # gradients in torch 2.11 (pytorch issue 188344)
+                pad, pool = (
+                    nn.ZeroPad2d(child.padding),
+                    nn.AvgPool2d(child.kernel_size, child.stride),
+                )
+                setattr(parent, name, nn.Sequential(pad, pool))
 
 
 @functools.lru_cache(maxsize=1)
@@ -186,12 +191,11 @@ def test_compiles_as_one_graph(name: str, device: str) -> None:
         x = draw(2, 3, 7, 9, net.feature_info[stage]["num_chs"])
     module = copy.deepcopy(module).float().to(device)
     if name == "biformer" and device == "cuda":
-        module.attn.implementation = "flex"  # the fused path
+        module.attn.implementation = "triton"  # the fused path
     parameters, x = list(module.parameters()), x.float().to(device)
     torch.compiler.reset()
     backend = "aot_eager" if device == "cpu" else "inductor"
     compiled = torch.compile(module, fullgraph=True, backend=backend, dynamic=False)
     wanted = results(module, parameters, x, False)
     output, gradient, worst = error(results(compiled, parameters, x, False), wanted)
-    tf32 = name == "biformer" and device == "cuda"  # in the products of FlexAttention
-    assert output < (1e-3 if tf32 else 1e-5) and gradient < (5e-3 if tf32 else 1e-4), worst
+    assert output < 1e-5 and gradient < 1e-4, worst
