@@ -215,7 +215,10 @@ class BiFormer(Backbone):
 
     def norm_features(self, x: Tensor) -> Tensor:
         """The BatchNorm between the last stage and pooling."""
-        return per_frame(self.norm, x)
+        # As one tall image, whose gradient comes in the same order: pooling's own is in another, at
+        # which BatchNorm's backward on the CPU gives other strides than torch's graphs expect.
+        tall = x.flatten(0, -2)[None, None, :, None]
+        return per_frame(self.norm, tall).view(x.shape)
 
 
 _AUTHORS = (
