@@ -75,7 +75,7 @@ def speedups(found: dict[str, Any]) -> list[tuple[float, float, float]]:
     """Share of the grid, and forward and forward-with-backward speed-up over dense attention."""
     points = []
     for rows in by_case(found["rows"]).values():
-        our, dense = rows.get("triton") or best(rows), rows.get("dense")
+        our, dense = best(rows), rows.get("dense")
         if our and dense and "forward" in our and "forward" in dense:
             both = math.nan
             if "backward" in our and "backward" in dense:

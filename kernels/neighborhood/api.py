@@ -16,7 +16,7 @@ import torch
 
 from stvision.kernels.neighborhood import dense
 from stvision.kernels.neighborhood.choice import Choice, Request, choose, interpreted
-from stvision.kernels.neighborhood.ops import attend, is_autocast, tokens_tile
+from stvision.kernels.neighborhood.ops import attend, first_order, is_autocast, tokens_tile
 from stvision.kernels.neighborhood.problem import (
     AXIS_NAMES,
     PerAxisBool,
@@ -218,15 +218,26 @@ def _prepare(
     )
 
 
+def _check_token_options(options: dict[str, Any]) -> None:
+    """``attention_kwargs`` names a backend and nothing else.
+
+    Raises:
+        TypeError: no dictionary.
+        ValueError: another option.
+    """
+    if not isinstance(options, dict):
+        raise TypeError(f"attention_kwargs must be a dictionary, not {options!r}")
+    unknown = sorted(str(name) for name in set(options) - {"backend"})
+    if unknown:
+        raise ValueError(f"attention_kwargs takes backend only, not {', '.join(unknown)}")
+
+
 def _backend_of_tokens(call: _Call, axes: tuple[Axis, ...], options: dict[str, Any]) -> str:
     """Backend of the additional tokens, which ``attention_kwargs`` may name.
 
     Raises:
         ValueError: an option other than ``backend``, or a backend that cannot run the call.
     """
-    unknown = sorted(set(options) - {"backend"})
-    if unknown:
-        raise ValueError(f"attention_kwargs takes backend only, not {', '.join(unknown)}")
     request = replace(call.request, axes=axes, has_rpb=False, has_key_mask=False, needs_lse=True)
     return choose(request, options.get("backend", call.choice.backend)).backend
 
@@ -250,19 +261,40 @@ def _encoded(axes: tuple[Axis, ...]) -> list[int]:
 
 def _tile(name: str, shape: PerAxisInt, rank: int) -> tuple[int, ...]:
     """A tile or box, positive on every axis."""
-    tile = per_axis(name, shape if isinstance(shape, int) else tuple(shape), rank)
+    tile = per_axis(name, shape, rank)
     if min(tile) < 1:
         raise ValueError(f"{name} must hold numbers of at least 1, not {tile}")
     return tile
 
 
 def _number(scale: float | None, head_dim: int) -> float:
+    """The factor of the logits.
+
+    Raises:
+        TypeError: no number, or a tensor that wants a gradient, which it would not get.
+    """
     if scale is None:
         return head_dim**-0.5
+    if isinstance(scale, torch.Tensor) and scale.requires_grad:
+        raise TypeError("scale must be a number without a gradient; multiply query by it instead")
     try:
+        if isinstance(scale, str):
+            raise TypeError
         return float(scale)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"scale must be a number or None, not {scale!r}") from None
+
+
+def _shapes(
+    q_tile_shape: PerAxisInt | None, kv_tile_shape: PerAxisInt | None, rank: int
+) -> tuple[int, ...]:
+    """Tile and box per axis, one after the other; empty where none is given."""
+    tile = () if q_tile_shape is None else _tile("q_tile_shape", q_tile_shape, rank)
+    if kv_tile_shape is not None:
+        if not tile:
+            raise ValueError("kv_tile_shape needs q_tile_shape beside it")
+        tile += _tile("kv_tile_shape", kv_tile_shape, rank)
+    return tile
 
 
 def _attend(
@@ -398,13 +430,11 @@ def neighborhood_attention_generic(
     more_keys, more_values = call.additional_keys, call.additional_values
     dtype = query.dtype
     rank, scale = len(call.axes), _number(scale, query.shape[-1])
-    tile = () if q_tile_shape is None else _tile("q_tile_shape", q_tile_shape, rank)
-    if kv_tile_shape is not None:
-        if not tile:
-            raise ValueError("kv_tile_shape needs q_tile_shape beside it")
-        boxes = _tile("kv_tile_shape", kv_tile_shape, rank)
-        tile += boxes
+    tile = _shapes(q_tile_shape, kv_tile_shape, rank)
+    if attention_kwargs:
+        _check_token_options(attention_kwargs)
     if call.choice.backend == "sdpa":
+        query, key, value = first_order(query, key, value)
         return dense.attention(query, key, value, call.axes, scale)
     name = call.choice.backend
     if more_keys is None or more_values is None or not more_keys.shape[1]:
@@ -497,8 +527,13 @@ def _explained(function: Callable[P, Any]) -> Callable[P, Choice]:
         """
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        chosen = {name: value for name, value in bound.arguments.items() if name in wanted}
-        return _prepare(**chosen).choice
+        given = bound.arguments
+        call = _prepare(**{name: value for name, value in given.items() if name in wanted})
+        _number(given["scale"], call.query.shape[-1])
+        _shapes(given["q_tile_shape"], given["kv_tile_shape"], len(call.axes))
+        if given["attention_kwargs"]:
+            _check_token_options(given["attention_kwargs"])
+        return call.choice
 
     return explain
 

@@ -12,6 +12,7 @@ from itertools import product
 
 import torch
 
+from stvision.kernels.neighborhood.reference import add_at
 from stvision.kernels.neighborhood.windows import Axis, AxisTile, axis_tiles, tiling_cost
 
 #: scores held at once; one tile of one batch item may exceed it
@@ -252,11 +253,13 @@ def backward(
     scale: float,
     tile: tuple[int, ...] | None = None,
     part: bool = False,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of query, key, value and rpb; the weights are recomputed from ``lse``.
 
     With ``part``, ``out`` and ``lse`` are those of an attention to more keys than these, and the
-    gradient of ``query``, one term of a sum, is not rounded to its dtype.
+    gradient of ``query``, one term of a sum, is not rounded to its dtype. With ``deterministic`` all
+    repeat bit by bit.
     """
     batch, heads, kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
     groups = (kv_heads, heads // kv_heads)
@@ -301,7 +304,8 @@ def backward(
             _take(dk[item], tiles, True).add_(part)
             if drpb is not None:
                 summed = ds.unflatten(2, (groups[1], -1)).sum(0).flatten(0, 1).flatten(1)
-                drpb.flatten(1).index_add_(1, tiling.relative(tiles).flatten(), summed)
+                relative = tiling.relative(tiles).flatten()
+                add_at(drpb.flatten(1), 1, relative, summed, deterministic)
     return (
         dq,
         dk.to(key.dtype),

@@ -5,6 +5,8 @@ of a block sees exactly the keys of its block. Blocks become the batch of
 ``scaled_dot_product_attention``, which picks the fastest dense kernel of the device.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -60,6 +62,8 @@ def attention(
 ) -> torch.Tensor:
     """Output (B, *grid, H, dv) of a problem for which :func:`why_not` is ``None``."""
     rank, triangle = len(axes), is_triangle(axes)
+    if scale <= 0:  # with which the causal kernels of a CPU give NaN
+        query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
     counts = [1 if triangle else blocks(axis) or 1 for axis in axes]
     order = [0, *range(1, 2 * rank, 2), 2 * rank + 1, *range(2, 2 * rank + 1, 2), 2 * rank + 2]
 
@@ -72,13 +76,15 @@ def attention(
         x = x.flatten(rank + 2, 2 * rank + 1)
         return x.flatten(0, rank)
 
+    # a branch, since the compiler's comparison of open sizes is no bool
+    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[-2] != key.shape[-2] else {}
     out = F.scaled_dot_product_attention(
         cut(query),
         cut(key),
         cut(value),
         is_causal=triangle,
         scale=scale,
-        enable_gqa=query.shape[-2] != key.shape[-2],
+        **grouped,
     )
     grid = query.shape[1:-2]
     sizes = [length // count for count, length in zip(counts, grid, strict=True)]

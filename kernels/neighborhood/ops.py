@@ -68,7 +68,7 @@ def _options(
     options: dict[str, Any] = {}
     if backend in {"blocked", "triton"} and tile:
         options["tile"] = tuple(tile) if backend == "triton" else tuple(tile[:rank])
-    if backend == "triton" and deterministic is not None:
+    if deterministic is not None:
         options["deterministic"] = deterministic
     return options
 
@@ -434,6 +434,55 @@ def _is_differentiating() -> bool:
         return False
     kinds = torch._C._functorch.TransformType
     return transform.key() in (kinds.Grad, kinds.Jvp, kinds.Vmap)
+
+
+class _Second(torch.autograd.Function):
+    """Gradients as they are, which have none of their own."""
+
+    @staticmethod
+    def forward(*grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.view_as(x) for x in grads)
+
+    setup_context = staticmethod(_setup_nothing)
+    backward = staticmethod(_no_second_derivative)
+    vmap = staticmethod(_no_vmap)
+
+
+class _First(torch.autograd.Function):
+    """Tensors as they are, whose gradients pass :class:`_Second`."""
+
+    @staticmethod
+    def forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors)
+
+    setup_context = staticmethod(_setup_nothing)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return _Second.apply(*grads) if torch.is_grad_enabled() else grads
+
+    vmap = staticmethod(_no_vmap)
+
+
+def first_order(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same tensors for a kernel of PyTorch, with the refusals of :func:`attend`.
+
+    Dense kernels have no second derivative either, and say so with an internal name, if at all.
+
+    Raises:
+        NotImplementedError: a tensor has a forward-mode derivative, or is mapped by ``vmap``.
+    """
+    if torch.compiler.is_compiling():
+        return query, key, value
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(query, key, value)
+    if any(torch._C._functorch.is_batchedtensor(x) for x in (query, key, value)):
+        _no_vmap()
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        query, key, value = _First.apply(query, key, value)
+    return query, key, value
 
 
 def attend(

@@ -188,7 +188,7 @@ def build_axes(
     borders = per_axis("border", border, rank)
     rule: QueryMap = "index"
     offsets: tuple[int, ...] = (0,) * rank
-    if query_map in {"center", "start"}:
+    if isinstance(query_map, str) and query_map in {"center", "start"}:
         rule = query_map  # type: ignore[assignment]
     elif isinstance(query_map, str):
         raise ValueError(

@@ -174,6 +174,19 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def add_at(
+    total: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, deterministic: bool
+) -> None:
+    """``total.index_add_(dim, index, source)``, with ``deterministic`` the same bits every time.
+
+    On a GPU ``index_add_`` adds in the order in which threads come by; ``index_put_`` sorts first.
+    """
+    if deterministic and total.is_cuda:
+        total.movedim(dim, 0).index_put_((index,), source.movedim(dim, 0), accumulate=True)
+    else:
+        total.index_add_(dim, index, source)
+
+
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -232,11 +245,13 @@ def backward(
     axes: tuple[Axis, ...],
     scale: float,
     part: bool = False,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of query, key, value and rpb; the weights are recomputed from ``lse``.
 
     With ``part``, ``out`` and ``lse`` are those of an attention to more keys than these, and the
-    gradient of ``query``, one term of a sum, is not rounded to its dtype.
+    gradient of ``query``, one term of a sum, is not rounded to its dtype. With ``deterministic`` all
+    repeat bit by bit.
     """
     batch, heads = query.shape[0], query.shape[-2]
     kv_heads, dtype = key.shape[-2], _compute_dtype(query.dtype)
@@ -262,20 +277,19 @@ def backward(
             scores = _scores(qi, ki, inside, relative, scale, bias, seen)
             rows = total[item, begin:end].to(dtype)
             weights = (scores - rows.masked_fill(rows == -torch.inf, 0.0)[..., None]).exp()
-            dv[item].index_add_(
-                0, flat, torch.einsum("nhgk,nhgd->nkhd", weights, doi).flatten(0, 1)
-            )
+            part_v = torch.einsum("nhgk,nhgd->nkhd", weights, doi).flatten(0, 1)
+            add_at(dv[item], 0, flat, part_v, deterministic)
             dp = torch.einsum("nhgd,nkhd->nhgk", doi, vi)
             shift = dl[item, begin:end].to(dtype)
             if not part:
                 shift = shift - (weights * dp).sum(-1)
             ds = weights * (dp + shift[..., None])
             dq[item, begin:end] = torch.einsum("nhgk,nkhd->nhgd", ds, ki) * scale
-            dk[item].index_add_(
-                0, flat, torch.einsum("nhgk,nhgd->nkhd", ds, qi).flatten(0, 1) * scale
-            )
+            part_k = torch.einsum("nhgk,nhgd->nkhd", ds, qi).flatten(0, 1) * scale
+            add_at(dk[item], 0, flat, part_k, deterministic)
             if drpb is not None:
-                drpb.index_add_(1, relative.flatten(), ds.flatten(1, 2).transpose(0, 1).flatten(1))
+                summed = ds.flatten(1, 2).transpose(0, 1).flatten(1)
+                add_at(drpb, 1, relative.flatten(), summed, deterministic)
     return (
         (dq if part else dq.to(query.dtype)).reshape(query.shape),
         dk.to(key.dtype).reshape(key.shape),
@@ -284,4 +298,4 @@ def backward(
     )
 
 
-__all__ = ["backward", "dense_attention", "dense_bias", "dense_mask", "forward"]
+__all__ = ["add_at", "backward", "dense_attention", "dense_bias", "dense_mask", "forward"]

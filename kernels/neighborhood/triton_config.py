@@ -1,9 +1,12 @@
-"""Shapes of the box kernels: shipped ones, a cache on disk, and a model for all other problems.
+"""Shapes of the kernels: shipped ones, a cache on disk, and a model for all other problems.
 
 Order of :func:`shapes`: what :func:`forced` says, the cache that ``stvision tune`` writes, the
 shipped table, the best of :func:`candidates`. The backward in one pass ("once") runs only where
 measurements name shapes for it: it adds to float32 sums in memory, whose rate bounds it, while two
 passes compute the scores twice.
+
+Kernels that load through pointers, on other GPUs and with a bias, a mask or a dilation, take what
+``stvision tune`` found (:func:`pointer_shapes`), else the best of their own model.
 """
 
 import contextlib
@@ -14,16 +17,18 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from stvision.kernels.neighborhood.triton_tiles import Tiles, _shapes
 from stvision.kernels.neighborhood.windows import Axis, axis_tables
 
-Kernel = Literal["forward", "query", "key", "once"]
+Kernel = Literal["forward", "query", "key", "once", "pointers", "pointers_backward"]
 #: "forward"; gradient of queries; gradients of keys; all three gradients in one pass
 KERNELS: tuple[Kernel, ...] = ("forward", "query", "key", "once")
+#: forward and both passes of the backward through pointers
+POINTER_KERNELS: tuple[Kernel, ...] = ("pointers", "pointers_backward")
 
 Axes = tuple[Axis, Axis, Axis]
 
@@ -92,6 +97,7 @@ def problem_key(kernel: Kernel, axes: Axes, head_dim: int, element_size: int) ->
             number += f">{axis.key_length}{axis.query_map}"
         number += f":{axis.window}"
         number += f"/{axis.stride}" if axis.stride > 1 else ""
+        number += f"x{axis.dilation}" if axis.dilation > 1 else ""
         number += "c" if axis.causal else ""
         parts.append(number)
     return f"{kernel} {' '.join(parts)} d{head_dim} b{element_size}"
@@ -102,13 +108,19 @@ def forced(**tiles: Tiles | None) -> Iterator[None]:
     """Use these shapes, by kernel name, whatever the problem; ``once=None`` takes two passes."""
     before = dict(_FORCED)
     _FORCED.update(tiles)
-    shapes.cache_clear()
+    _forget()
     try:
         yield
     finally:
         _FORCED.clear()
         _FORCED.update(before)
-        shapes.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    """Look again at the next call."""
+    shapes.cache_clear()
+    pointer_shapes.cache_clear()
 
 
 def cache_file(device: str) -> Path:
@@ -132,7 +144,7 @@ def save(device: str, key: str, tiles: Tiles | None) -> Path:
     part.write_text(json.dumps(known, indent=1) + "\n")
     part.replace(path)
     _tuned.cache_clear()
-    shapes.cache_clear()
+    _forget()
     return path
 
 
@@ -141,8 +153,20 @@ def _read(path: Path) -> dict[str, list[int]]:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    good = {key: row for key, row in known.items() if isinstance(row, list) and len(row) in {0, 9}}
-    return {key: row for key, row in good.items() if all(type(n) is int for n in row)}
+    if not isinstance(known, dict):
+        return {}
+    return {key: row for key, row in known.items() if isinstance(row, list) and _is_good(row)}
+
+
+def _is_good(row: list[Any]) -> bool:
+    """Whether this is no choice or one that kernels can take; a file may hold anything."""
+    if not row:
+        return True
+    if len(row) != 9 or any(type(n) is not int or n < 1 for n in row[:8]):
+        return False
+    powers = all(n & (n - 1) == 0 for n in row[:7])
+    tiles = min(math.prod(row[:3]), math.prod(row[3:6])) >= 16 and max(row[:6]) <= 256
+    return powers and tiles and row[6] <= 32 and type(row[8]) is int and 0 <= row[8] <= 255
 
 
 @lru_cache(maxsize=8)
@@ -224,3 +248,18 @@ def shapes(
         return None
     best = candidates(kernel, axes, head_dim, element_size)
     return best[0] if best else None
+
+
+@lru_cache(maxsize=1024)
+def pointer_shapes(
+    kernel: Kernel, axes: Axes, head_dim: int, element_size: int, device: str
+) -> Tiles | None:
+    """Tuned shapes of a kernel that loads through pointers, ``None`` where there are none.
+
+    Args:
+        kernel: which of ``POINTER_KERNELS``.
+        axes, head_dim, element_size, device: as in :func:`shapes`.
+    """
+    if kernel in _FORCED:
+        return _FORCED[kernel]
+    return _tuned(device).get(problem_key(kernel, axes, head_dim, element_size))

@@ -199,6 +199,20 @@ def _box(x: torch.Tensor, box: tuple[int, int, int], width: int) -> Any | None:
     return made
 
 
+def _for_boxes(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as boxes can be loaded from it, copied where only its strides forbid that.
+
+    Such as those of heads before tokens, transposed. The copy takes a hundredth of the time that the
+    kernels for pointers take longer. What was expanded is not blown up.
+    """
+    size, bytes_ = x.shape[-1], x.element_size()
+    if size * bytes_ % 16 or min(x.stride()) <= 0 or _device_name(x.device) is None:
+        return x
+    if _box(x, (1, 1, 1), _padded(size)) is not None:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _lean_shapes(
     kernel: triton_config.Kernel,
     q: torch.Tensor,
@@ -507,6 +521,29 @@ def _with_room(run: Callable[[Tiles], None], tiles: Tiles, key: tuple, own: bool
             return
 
 
+@lru_cache(maxsize=16)
+def _any_device_name(device: torch.device) -> str:
+    return "interpreter" if interpreted() else torch.cuda.get_device_name(device)
+
+
+def _pointer_sizes(
+    kernel: triton_config.Kernel,
+    tile: tuple[int, ...] | None,
+    axes: tuple[Axis, ...],
+    query: torch.Tensor,
+    value: torch.Tensor,
+) -> Tiles:
+    """Shapes of a kernel that loads through pointers: the caller's, tuned ones, or the model's."""
+    size, bytes_ = max(query.shape[-1], value.shape[-1]), query.element_size()
+    if tile is None:
+        name = _any_device_name(query.device)
+        found = triton_config.pointer_shapes(kernel, three_axes(axes), size, bytes_, name)
+        if found is not None:
+            return found
+    # two products more live at once in the backward, so its boxes are those of twice the size
+    return _sizes(tile, axes, size if kernel == "pointers" else 2 * size, bytes_)
+
+
 def _sizes(tile: tuple[int, ...] | None, axes: tuple[Axis, ...], dim: int, bytes_: int) -> Tiles:
     chosen = choose_tiles(three_axes(axes), dim, bytes_) if len(tile or ()) <= len(axes) else None
     if tile is None:
@@ -604,10 +641,11 @@ def forward(
         return out, lse
     q, k, v = _grid3(query), _grid3(key), _grid3(value)
     filled = three_axes(axes)
-    lean = boxes is not False and _is_lean(query, rpb, key_mask, axes, scale)
-    if lean and _fits(_lean_forward, q, k, v, out, lse, filled, scale, tile, len(axes)):
-        return out, lse
-    tiles = _sizes(tile, axes, max(key.shape[-1], value.shape[-1]), query.element_size())
+    if boxes is not False and _is_lean(query, rpb, key_mask, axes, scale):
+        k, v = _for_boxes(k), _for_boxes(v)
+        if _fits(_lean_forward, q, k, v, out, lse, filled, scale, tile, len(axes)):
+            return out, lse
+    tiles = _pointer_sizes("pointers", tile, axes, query, value)
 
     def run(tiles: Tiles) -> None:
         tables = on_device(filled, tiles.query, "query", str(q.device))
@@ -676,9 +714,8 @@ def backward(
     keys than these, and the gradient of ``query``, one term of a sum, is float32.
     """
     if rpb is not None and deterministic:
-        return blocked.backward(
-            grad_out, grad_lse, query, key, value, rpb, key_mask, out, lse, axes, scale, part=part
-        )
+        problem = (grad_out, grad_lse, query, key, value, rpb, key_mask, out, lse, axes, scale)
+        return blocked.backward(*problem, part=part, deterministic=True)
     grad_q, grad_k, grad_v = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
     )
@@ -696,15 +733,14 @@ def backward(
     grads = grad_q, grad_k, grad_v
     rank = len(axes)
     if boxes is not False and _is_lean(query, rpb, key_mask, axes, scale):
+        q, k, v = (_for_boxes(x) for x in (q, k, v))
         given = (grad_out, grad_lse, q, k, v, out, lse, grads, filled, scale, tile, rank)
         # the kernel of one pass needs the most memory
         if (not deterministic and _fits(_lean_backward, *given, True)) or _fits(
             _lean_backward, *given, False
         ):
             return *grads, None
-    size = max(key.shape[-1], value.shape[-1])
-    # two products more live at once than in the forward, so the boxes are those of twice the size
-    tiles = _sizes(tile, axes, 2 * size, query.element_size())
+    tiles = _pointer_sizes("pointers_backward", tile, axes, query, value)
     delta = _deltas(out, grad_out, grad_lse)
     mask = q if key_mask is None else key_mask.contiguous().view(torch.uint8)
     batch, heads, kv_heads = q.shape[0], q.shape[-2], k.shape[-2]

@@ -191,8 +191,10 @@ def _shapes(tokens: int, axes: tuple[Axis, ...], keys: bool) -> list[tuple[int, 
 
 
 @lru_cache(maxsize=256)
-def choose_tiles(axes: tuple[Axis, Axis, Axis], head_dim: int, element_size: int) -> Tiles:
-    """Shapes that compute the fewest pairs, weighted by how well a size feeds the tensor cores.
+def ranked_tiles(
+    axes: tuple[Axis, Axis, Axis], head_dim: int, element_size: int
+) -> tuple[Tiles, ...]:
+    """Shapes by the pairs that they compute, weighted by how well a size feeds the tensor cores.
 
     Args:
         axes: the problem.
@@ -206,14 +208,18 @@ def choose_tiles(axes: tuple[Axis, Axis, Axis], head_dim: int, element_size: int
         sizes = [(64, 64, 1.0), (64, 32, 1.05)]
     else:
         sizes = [(128, 128, 1.0), (128, 64, 1.03), (64, 64, 1.15)]
-    best, chosen = math.inf, None
+    found = []
     for queries, keys, weight in sizes:
         for query, key in product(_shapes(queries, axes, False), _shapes(keys, axes, True)):
             work = weight * math.prod(
                 _axis_work(*one) for one in zip(axes, query, key, strict=True)
             )
-            if work < best:
-                warps = 8 if queries * keys >= 128 * 128 or head_dim >= 128 else 4
-                best, chosen = work, Tiles(query, key, warps, 2 if room > 256 else 3)
-    assert chosen is not None
-    return chosen
+            warps = 8 if queries * keys >= 128 * 128 or head_dim >= 128 else 4
+            found.append((work, Tiles(query, key, warps, 2 if room > 256 else 3)))
+    found.sort(key=lambda one: one[0])
+    return tuple(tiles for _, tiles in found)
+
+
+def choose_tiles(axes: tuple[Axis, Axis, Axis], head_dim: int, element_size: int) -> Tiles:
+    """The first of :func:`ranked_tiles`."""
+    return ranked_tiles(axes, head_dim, element_size)[0]

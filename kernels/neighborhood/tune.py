@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from stvision.kernels.neighborhood import triton_config
-from stvision.kernels.neighborhood.problem import build_axes
-from stvision.kernels.neighborhood.triton_config import KERNELS, Axes, Kernel
-from stvision.kernels.neighborhood.triton_tiles import Tiles, three_axes
+from stvision.kernels.neighborhood.problem import AXIS_NAMES, build_axes
+from stvision.kernels.neighborhood.triton_config import KERNELS, POINTER_KERNELS, Axes, Kernel
+from stvision.kernels.neighborhood.triton_tiles import Tiles, ranked_tiles, three_axes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,6 +41,7 @@ class Problem:
     causal: tuple[bool, ...] | bool = False
     kv_heads: int | None = None
     dtype: str = "bf16"
+    dilation: tuple[int, ...] | int = 1
 
     @property
     def axes(self) -> Axes:
@@ -49,13 +50,29 @@ class Problem:
             self.grid,
             kernel_size=self.window,
             stride=self.stride,
+            dilation=self.dilation,
             is_causal=self.causal,
         )
         return three_axes(axes)
 
 
+def _pointer_variants(kernel: Kernel, problem: Problem, shapes: int) -> list[Tiles]:
+    """:func:`variants` of a kernel that loads through pointers."""
+    size = problem.head_dim * (1 if kernel == "pointers" else 2)
+    by_size: dict[tuple[int, int], list[Tiles]] = {}
+    for tiles in ranked_tiles(problem.axes, size, 2):
+        by_size.setdefault((math.prod(tiles.query), math.prod(tiles.key)), []).append(tiles)
+    best = [tiles for same in by_size.values() for tiles in same[:shapes]]
+    return [
+        Tiles(tiles.query, tiles.key, warps, stages)
+        for tiles, warps, stages in product(best, (4, 8), (1, 2, 3))
+    ]
+
+
 def variants(kernel: Kernel, problem: Problem, shapes: int) -> list[Tiles]:
     """The best shapes of the model, each with the warps and depths that may suit it."""
+    if kernel in POINTER_KERNELS:
+        return _pointer_variants(kernel, problem, shapes)
     base = triton_config.candidates(kernel, problem.axes, problem.head_dim, 2, 4000)
     seen: dict[tuple[Any, ...], None] = {}
     by_size: dict[tuple[int, int], int] = {}
@@ -98,14 +115,15 @@ def _call(kernel: Kernel, problem: Problem, tensors: list[torch.Tensor]) -> Call
 
     q, k, v = tensors[:3]
     axes, scale = problem.axes[3 - len(problem.grid) :], problem.head_dim**-0.5
-    if kernel == "forward":
-        return lambda: triton_launch.forward(q, k, v, None, None, axes, scale, boxes=True)
+    pointers = kernel in POINTER_KERNELS
+    if kernel in {"forward", "pointers"}:
+        boxes = not pointers
+        return lambda: triton_launch.forward(q, k, v, None, None, axes, scale, boxes=boxes)
     out, lse = tensors[3:]
     grad, nothing = torch.ones_like(out) * q.mean(), torch.zeros_like(lse)
-    once = kernel == "once"
-    return lambda: triton_launch.backward(
-        grad, nothing, q, k, v, None, None, out, lse, axes, scale, deterministic=not once
-    )
+    once, boxes_ = kernel == "once", False if pointers else None
+    problem_ = (grad, nothing, q, k, v, None, None, out, lse, axes, scale)
+    return lambda: triton_launch.backward(*problem_, deterministic=not once, boxes=boxes_)
 
 
 def _warm(job: tuple[Kernel, Problem, Tiles]) -> str | None:
@@ -123,9 +141,10 @@ def _warm(job: tuple[Kernel, Problem, Tiles]) -> str | None:
             problem.causal,
             1,
             problem.dtype,
+            problem.dilation,
         )
         tensors = _tensors(small)
-        if kernel != "forward":
+        if kernel not in {"forward", "pointers"}:
             tensors += [tensors[0], torch.zeros(tensors[0].shape[:-1], device="cuda")]
         with triton_config.forced(**{kernel: tiles}):
             _call(kernel, small, tensors)()
@@ -193,10 +212,12 @@ def tune(
     flush = torch.empty(2**26, dtype=torch.int32, device="cuda")
     results: dict[str, list[tuple[float, Tiles]]] = {}
     best: dict[str, Tiles] = {}
-    if any(kernel != "forward" for kernel in kernels):
-        out_lse = _call("forward", problem, tensors)()
+    forwards = {"forward", "pointers"}
+    if set(kernels) - forwards:
+        first_: Kernel = "pointers" if set(kernels) & set(POINTER_KERNELS) else "forward"
+        out_lse = _call(first_, problem, tensors)()
     for kernel in kernels:
-        inputs = tensors if kernel == "forward" else [*tensors, *out_lse]
+        inputs = tensors if kernel in forwards else [*tensors, *out_lse]
         call = _call(kernel, problem, inputs)
         found: list[tuple[float, Tiles]] = []
         stop = time.perf_counter() + seconds
@@ -261,14 +282,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, required=True)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--stride", type=numbers, default=(1,))
+    parser.add_argument("--dilation", type=numbers, default=(1,))
     parser.add_argument("--causal", type=numbers, default=(0,), help="1 for a causal axis: 1,0,0")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--kernels", nargs="*", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument(
+        "--kernels",
+        nargs="*",
+        choices=[*KERNELS, *POINTER_KERNELS],
+        default=None,
+        help="those that a call without bias and mask runs when not given: on an NVIDIA GPU of "
+        "compute capability 9 or later and without dilation the first four, else the pointers'",
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="for each kernel")
     parser.add_argument("--shapes", type=int, default=3, help="shapes of each size")
     parser.add_argument("--json", default=None, help="also write all times to this file")
     chosen = parser.parse_args(arguments)
     rank = len(chosen.grid)
+    if rank not in AXIS_NAMES or min(chosen.grid) < 1:
+        print(f"--grid takes one to three sizes of at least 1, not {chosen.grid}", file=sys.stderr)
+        return 2
+    sizes = {"--heads": chosen.heads, "--head-dim": chosen.head_dim, "--batch": chosen.batch}
+    sizes |= {"--shapes": chosen.shapes, "--kv-heads": chosen.kv_heads or chosen.heads}
+    for name, size in sizes.items():
+        if size < 1:
+            print(f"{name} must be at least 1, not {size}", file=sys.stderr)
+            return 2
+    if chosen.heads % (chosen.kv_heads or chosen.heads) or chosen.head_dim > 256:
+        print(
+            f"--kv-heads must divide --heads and --head-dim be at most 256, not {chosen.kv_heads}, "
+            f"{chosen.heads} and {chosen.head_dim}",
+            file=sys.stderr,
+        )
+        return 2
     problem = Problem(
         chosen.batch,
         chosen.grid,
@@ -279,20 +324,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tuple(bool(c) for c in chosen.causal) * (rank if len(chosen.causal) == 1 else 1),
         chosen.kv_heads,
         chosen.dtype,
+        chosen.dilation * (rank if len(chosen.dilation) == 1 else 1),
     )
     try:
         problem.axes  # noqa: B018 - checks the numbers before anything runs
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
+    if not torch.cuda.is_available():
+        print("tuning needs a GPU of NVIDIA or AMD, and torch finds none", file=sys.stderr)
+        return 2
+    units = not torch.version.hip and torch.cuda.get_device_capability()[0] >= 9
+    boxes = units and all(axis.dilation == 1 for axis in problem.axes)
+    kernels = chosen.kernels or (KERNELS if boxes else POINTER_KERNELS)
+    if not boxes and set(kernels) & set(KERNELS):
         print(
-            "tuning needs an NVIDIA GPU of compute capability 9 or later; other devices take "
-            "their shapes from the model",
+            f"--kernels {' '.join(KERNELS)} need an NVIDIA GPU of compute capability 9 or later and "
+            f"no dilation; take {' '.join(POINTER_KERNELS)}",
             file=sys.stderr,
         )
         return 2
-    results = tune(problem, chosen.kernels, seconds=chosen.seconds, shapes=chosen.shapes)
+    results = tune(problem, kernels, seconds=chosen.seconds, shapes=chosen.shapes)
     show(results, 5)
     print(f"kept in {triton_config.cache_file(torch.cuda.get_device_name())}")
     if chosen.json:

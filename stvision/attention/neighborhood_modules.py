@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvision.kernels.neighborhood import neighborhood_attention_generic
+from stvision.kernels.neighborhood.choice import BACKENDS
 from stvision.kernels.neighborhood.problem import per_axis
+from stvision.layers.checks import check_choice
 
 
 def neighborhood_self_attention(
@@ -69,6 +71,24 @@ def neighborhood_self_attention(
     return F.linear(out.flatten(-2), proj_weight, proj_bias)
 
 
+#: arguments of the kernel that the module takes once for all, and with a call
+OPTIONS = ("backend", "border", "pad", "deterministic", "q_tile_shape", "kv_tile_shape")
+OF_A_CALL = (
+    "key_mask",
+    "additional_keys",
+    "additional_values",
+    "attention_kwargs",
+    "backend",
+    "deterministic",
+)
+
+
+def _check_options(options: dict[str, Any], allowed: Sequence[str], where: str) -> None:
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} cannot be given {where}; {', '.join(allowed)} can")
+
+
 class _NeighborhoodAttention(nn.Module):
     """Shared body of the three ranks."""
 
@@ -93,9 +113,8 @@ class _NeighborhoodAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide embed_dim={embed_dim}")
-        taken = {"return_lse", "scale", "query_map", "key_mask"} & set(options)
-        if taken:
-            raise ValueError(f"{', '.join(sorted(taken))} cannot be an option of the module")
+        _check_options(options, OPTIONS, "to the module")
+        check_choice("backend", options.get("backend"), BACKENDS)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.head_dim = embed_dim // num_heads
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
@@ -105,6 +124,13 @@ class _NeighborhoodAttention(nn.Module):
         self.stride = per_axis("stride", cast(Any, stride), self.rank)
         self.dilation = per_axis("dilation", cast(Any, dilation), self.rank)
         self.is_causal = per_axis("is_causal", cast(Any, is_causal), self.rank)
+        if any(not 1 <= s <= k for s, k in zip(self.stride, self.kernel_size, strict=True)):
+            raise ValueError(
+                f"stride must be between 1 and kernel_size on each axis, got {self.stride} for "
+                f"{self.kernel_size}"
+            )
+        if min(self.dilation) < 1:
+            raise ValueError(f"dilation must be at least 1 on each axis, got {dilation}")
         self.zero_pad, self.options = zero_pad, options
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim)
@@ -120,14 +146,17 @@ class _NeighborhoodAttention(nn.Module):
         Args:
             x: (B, *grid, C).
             options: further arguments of the kernel for this call: ``key_mask``,
-                ``additional_keys``, ``additional_values``, ``backend``.
+                ``additional_keys``, ``additional_values``, ``attention_kwargs``, ``backend``,
+                ``deterministic``.
 
         Returns:
             (B, *grid, C).
 
         Raises:
-            ValueError: another rank or width, or a window that does not fit the grid.
+            ValueError: another rank or width, a window that does not fit the grid, or an option that
+                belongs to the module.
         """
+        _check_options(options, OF_A_CALL, "with a call")
         if x.dim() != self.rank + 2 or x.shape[-1] != self.embed_dim:
             raise ValueError(
                 f"{type(self).__name__} takes (batch, {self.rank} grid axes, {self.embed_dim}), "
@@ -176,7 +205,8 @@ class NeighborhoodAttention1D(_NeighborhoodAttention):
         options: further arguments of the kernel, such as ``backend``, ``border`` or ``pad``.
 
     Raises:
-        ValueError: ``num_heads`` does not divide ``embed_dim``, or a tuple of another rank.
+        ValueError: ``num_heads`` does not divide ``embed_dim``, a tuple of another rank, or an
+            unknown ``backend``.
     """
 
     rank = 1

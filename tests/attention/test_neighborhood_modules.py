@@ -105,7 +105,14 @@ def test_bad_arguments_get_one_sentence() -> None:
         NeighborhoodAttention2D(8, 2, 0, rpb=True)
     with pytest.raises(ValueError, match="has 2 values"):
         NeighborhoodAttention3D(8, 2, (3, 3))
-    with pytest.raises(ValueError, match="query_map cannot be an option"):
-        NeighborhoodAttention1D(8, 2, 3, query_map="center")
+    for wrong in ({"query_map": "center"}, {"return_lse": True}, {"window": 3}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} cannot be given to the module"):
+            NeighborhoodAttention1D(8, 2, 3, **wrong)
+        with pytest.raises(ValueError, match="cannot be given with a call; key_mask, additional"):
+            NeighborhoodAttention1D(8, 2, 3)(torch.zeros(1, 4, 8), **wrong)
+    with pytest.raises(ValueError, match="stride must be between 1 and kernel_size on each axis"):
+        NeighborhoodAttention2D(8, 2, 3, stride=(1, 4))
+    with pytest.raises(ValueError, match="dilation must be at least 1 on each axis, got 0"):
+        NeighborhoodAttention2D(8, 2, 3, dilation=0)
     with pytest.raises(ValueError, match="takes .batch, 2 grid axes, 8."):
         NeighborhoodAttention2D(8, 2, 3)(torch.zeros(1, 4, 8))

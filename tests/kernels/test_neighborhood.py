@@ -306,17 +306,95 @@ def test_first_gradient_matches_finite_differences() -> None:
     assert torch.autograd.gradcheck(call, (q, k, v, rpb))
 
 
-def test_second_derivative_is_refused() -> None:
-    q, k, v = (x.requires_grad_() for x in qkv(4, 4))
-    (grad,) = torch.autograd.grad(na2d(q, k, v, 3).square().sum(), q, create_graph=True)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scale": "0.3"}, TypeError, "scale must be a number or None, not '0.3'"),
+        (
+            {"scale": torch.ones((), requires_grad=True)},
+            TypeError,
+            "scale must be a number without",
+        ),
+        ({"attention_kwargs": ["backend"]}, TypeError, "attention_kwargs must be a dictionary"),
+        ({"attention_kwargs": {"fast": 1}}, ValueError, "attention_kwargs takes backend only, not"),
+        ({"q_tile_shape": 2.5}, TypeError, "q_tile_shape must be int or a tuple, not 2.5"),
+        ({"q_tile_shape": (2, 0)}, ValueError, "q_tile_shape must hold numbers of at least 1"),
+        ({"kv_tile_shape": (2, 2)}, ValueError, "kv_tile_shape needs q_tile_shape beside it"),
+        ({"query_map": ["center", 1]}, TypeError, "query_map takes int values, not 'center'"),
+    ],
+)
+def test_options_are_refused_by_the_call_and_its_explanation(options, error, message) -> None:
+    q, k, v = qkv(4, 5)
+    for function in (na2d, explain):
+        with pytest.raises(error, match=message):
+            function(q, k, v, 3, **options)
+
+
+def test_offsets_may_be_a_list() -> None:
+    q, k, v = qkv(4, 5)
+    part = q[:, 1:3, :4]
+    found = na2d(part, k, v, 3, query_map=[1, 0])
+    assert torch.equal(found, na2d(part, k, v, 3, query_map=(1, 0)))
+
+
+#: windows within the grid, and over the whole of it, which are dense attention
+@pytest.mark.parametrize("window", [3, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_second_derivative_is_refused(window: int, dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype).requires_grad_() for x in qkv(4, 4))
+    (grad,) = torch.autograd.grad(na2d(q, k, v, window).square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         grad.sum().backward()
 
 
-def test_vmap_is_refused() -> None:
+@pytest.mark.parametrize("window", [3, 4])
+def test_vmap_is_refused(window: int) -> None:
     q, k, v = (x[None] for x in qkv(4, 4))
     with pytest.raises(NotImplementedError, match="batch axis"):
-        torch.func.vmap(lambda a, b, c: na2d(a, b, c, 3))(q, k, v)
+        torch.func.vmap(lambda a, b, c: na2d(a, b, c, window))(q, k, v)
+
+
+def test_dense_windows_keep_their_gradients() -> None:
+    """The refusals stand around them."""
+    q, k, v = (x.requires_grad_() for x in qkv(4, 5))
+    found = torch.autograd.grad(na2d(q, k, v, (4, 5)).square().sum(), (q, k, v))
+    other = na2d(q, k, v, (4, 5), backend="reference")
+    wanted = torch.autograd.grad(other.square().sum(), (q, k, v))
+    loss = torch.func.grad(lambda *x: na2d(*x, (4, 5)).square().sum(), (0, 1, 2))
+    through = loss(*(x.detach() for x in (q, k, v)))
+    for one, two, three in zip(found, through, wanted, strict=True):
+        assert relative_error(one, three) < 1e-12 and relative_error(two, three) < 1e-12
+    with torch.no_grad():
+        assert relative_error(na2d(q, k, v, (4, 5)), other) < 1e-12
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.4])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_scales_that_turn_the_logits_around(scale: float, causal: bool, dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype).requires_grad_() for x in qkv(15))
+    runs = []
+    for backend in (None, "sdpa", "reference"):
+        out = na1d(q, k, v, 15, is_causal=causal, scale=scale, backend=backend)
+        runs.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for found in runs[:2]:
+        for one, two in zip(found, runs[2], strict=True):
+            assert relative_error(one, two.double()) < (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("window", "options"),
+    [(4, {}), (9, {"pad": True}), (2, {"stride": 2}), ((4, 6), {"is_causal": False})],
+)
+def test_dense_windows_compile_with_sizes_left_open(window, options: dict) -> None:
+    torch.compiler.reset()
+    run = torch.compile(
+        lambda *x: na2d(*x, window, **options), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for heads, kv_heads in ((2, 2), (4, 2), (6, 3)):
+        q = draw(1, 4, 4, heads, 8, seed=heads) if window == 4 else draw(1, 4, 6, heads, 8)
+        k = draw(*q.shape[:3], kv_heads, 8, seed=1)
+        assert relative_error(run(q, k, k), na2d(q, k, k, window, **options)) < 1e-12
 
 
 @pytest.mark.parametrize("backend", ["blocked", "reference"])
@@ -611,6 +689,8 @@ def test_forward_mode_is_refused(leaf: bool) -> None:
         na2d(q, forward_ad.make_dual(k, k), v, 3)
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         torch.func.jvp(lambda x: na2d(x, k, v, 3), (q,), (q,))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: na2d(x, k, v, (4, 5)), (q,), (q,))
     with forward_ad.dual_level():  # nothing to carry along
         assert torch.equal(na2d(q, k, v, 3), na2d(q, k, v, 3, backend="blocked"))
 
@@ -844,6 +924,25 @@ def test_half_precision_gradients_repeat_on_a_gpu(dilation: int, biased: bool) -
         torch.use_deterministic_algorithms(False)
     for again in runs[1:]:
         assert all(torch.equal(one, two) for one, two in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["triton", "blocked", "reference"])
+def test_a_call_repeats_on_a_gpu_where_it_asks_for_it(backend: str, dtype: torch.dtype) -> None:
+    """By its own argument; the gradient of the bias is a sum over all queries."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in on_gpu(40, 37)[:3])
+    rpb = torch.randn(q.shape[-2], 9, 13, device=q.device).requires_grad_()
+    runs = []
+    for _ in range(4):
+        out = na2d(q, k, v, (5, 7), rpb=rpb, backend=backend, deterministic=True)
+        runs.append(torch.autograd.grad(out.square().sum(), (q, k, v, rpb)))
+    for again in runs[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(runs[0], again, strict=True))
+    out = na2d(q, k, v, (5, 7), rpb=rpb, backend=backend, deterministic=False)
+    free = torch.autograd.grad(out.square().sum(), (q, k, v, rpb))
+    for one, two in zip(runs[0], free, strict=True):
+        assert relative_error(one, two.double().cpu()) < (1e-5 if dtype == torch.float32 else 6e-3)
 
 
 @pytest.mark.gpu

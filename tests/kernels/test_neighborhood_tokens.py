@@ -132,12 +132,12 @@ def test_rows_that_no_part_gives_a_key(backend: str, monkeypatch: pytest.MonkeyP
     real = {"blocked": blocked_path, "reference": reference_path}[backend]
 
     def masked(run, at: int):
-        def masked_run(*inputs, part: bool):
+        def masked_run(*inputs, **options):
             inputs = list(inputs)
             if inputs[at] is None:
                 inputs[at] = torch.ones(inputs[at - 3].shape[:-2], dtype=torch.bool)
                 inputs[at][0] = False
-            return run(*inputs, part=part)
+            return run(*inputs, **options)
 
         return masked_run
 

@@ -123,6 +123,60 @@ def test_box_kernels(name: str, deterministic: bool) -> None:
     assert ran or (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9)
 
 
+@pytest.mark.parametrize("layout", ["heads first", "one tensor of heads", "an odd address"])
+def test_boxes_take_any_strides(layout: str) -> None:
+    """Copied where a tensor map cannot describe them, rather than left to slower kernels."""
+    from stvision.kernels.neighborhood import triton_boxes
+
+    dtype = torch.float32 if interpreted() else torch.bfloat16
+    problem = CASES["grouped, batch, head sizes 40 and 24"]
+    problem = Problem(20, 2, (3, 4, 5), 2, 2, 40, 40, problem.window)
+    problem.build(dtype, DEVICE)
+    for name, x in problem.inputs.items():
+        x = x.detach()
+        if layout == "heads first":
+            x = x.movedim(-2, 1).contiguous().movedim(1, -2)
+        elif layout == "one tensor of heads":
+            x = torch.stack([x, x, x], -2).select(-2, 1)
+        else:
+            whole = x.new_empty(x.numel() + 1)
+            x = whole[1:].view(x.shape).copy_(x)
+        problem.inputs[name] = x.requires_grad_()
+    ran: list[str] = []
+    kernels = (triton_boxes.forward_boxes, triton_boxes.query_gradient_boxes)
+    for kernel in kernels:
+        kernel.pre_run_hooks.append(lambda *a, name=str(kernel), **k: ran.append(name))
+    try:
+        check(problem, neighborhood_attention_generic, dtype, backend="triton", deterministic=True)
+    finally:
+        for kernel in kernels:
+            kernel.pre_run_hooks.pop()
+    capable = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
+    assert len(set(ran)) == (2 if capable else 0)
+
+
+def test_pointers_take_the_shapes_that_were_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stvision.kernels.neighborhood import triton_config, triton_launch
+    from stvision.kernels.neighborhood.triton_tiles import Tiles
+
+    forward, backward = Tiles((1, 4, 4), (1, 2, 8), 4, 1), Tiles((1, 2, 8), (1, 4, 4), 4, 1)
+    tuned = {"pointers": forward, "pointers_backward": backward}
+    axes = three_axes(build_axes((5, 7), (5, 7), **CASES["dilation"].window)[0])
+    known = {triton_config.problem_key(name, axes, 16, 4): x for name, x in tuned.items()}
+    monkeypatch.setattr(triton_config, "_tuned", lambda device: known)
+    triton_config.pointer_shapes.cache_clear()
+    taken: list[Tiles] = []
+    real = triton_launch._with_room
+    monkeypatch.setattr(
+        triton_launch,
+        "_with_room",
+        lambda run, tiles, *rest: (taken.append(tiles), real(run, tiles, *rest)),
+    )
+    run(torch.float32, CASES["dilation"])
+    triton_config.pointer_shapes.cache_clear()
+    assert taken == [forward, backward, backward]
+
+
 def test_both_backwards_agree_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one-pass backward sums the gradient of queries for a share of the heads at a time."""
     from stvision.kernels.neighborhood import triton_config, triton_launch

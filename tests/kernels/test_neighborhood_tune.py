@@ -8,7 +8,7 @@ import torch
 
 from stvision.kernels.neighborhood import triton_config, tune
 from stvision.kernels.neighborhood.problem import build_axes
-from stvision.kernels.neighborhood.triton_tiles import Tiles, cuts, runs, three_axes
+from stvision.kernels.neighborhood.triton_tiles import Tiles, cuts, ranked_tiles, runs, three_axes
 from stvision.kernels.neighborhood.windows import Axis, visible_keys
 
 AXES = three_axes(build_axes((12, 64, 64), (12, 64, 64), kernel_size=(5, 9, 9))[0])
@@ -120,10 +120,12 @@ def test_cache_forced_and_shipped_shapes(monkeypatch: pytest.MonkeyPatch) -> Non
     with triton_config.forced(forward=shipped):
         assert triton_config.shapes("forward", AXES, 64, 2, "A GPU") == shipped
     assert triton_config.shapes("forward", AXES, 64, 2, "A GPU") == tuned
-    path.write_text('{"' + key + '": [1, 2]}')
-    triton_config._tuned.cache_clear()
-    triton_config.shapes.cache_clear()
-    assert triton_config.shapes("forward", AXES, 64, 2, "A GPU") == shipped
+    wrong = ("[1, 2]", "[3, 5, 7, 1, 8, 8, 4, 2, 0]", "[0, 0, 0, 1, 8, 8, 4, 2, 0]", '"fast"')
+    for text in (*(f'{{"{key}": {row}}}' for row in wrong), "[1, 2]", "{", ""):
+        path.write_text(text)
+        triton_config._tuned.cache_clear()
+        triton_config.shapes.cache_clear()
+        assert triton_config.shapes("forward", AXES, 64, 2, "A GPU") == shipped
 
 
 def test_one_pass_only_where_it_was_measured() -> None:
@@ -160,4 +162,31 @@ def test_command_refuses_bad_numbers(capsys: pytest.CaptureFixture[str]) -> None
     assert "kernel_size 7 is larger than axis 0 (height)" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert tune.main(["--grid", "8,8", "--window", "7", *sizes]) == 2
-        assert "needs an NVIDIA GPU" in capsys.readouterr().err
+        assert "needs a GPU of NVIDIA or AMD" in capsys.readouterr().err
+    for options, message in (
+        (["--grid", "1,2,3,4", "--window", "1", *sizes], "--grid takes one to three sizes"),
+        (["--grid", "8,0", "--window", "1", *sizes], "--grid takes one to three sizes"),
+        (["--grid", "8", "--window", "3", "--heads", "3", "--head-dim", "0"], "--head-dim must be"),
+        (["--grid", "8", "--window", "3", *sizes, "--kv-heads", "4"], "must divide --heads"),
+        (["--grid", "8,8", "--window", "3", "--dilation", "3", *sizes], "dilation 3 = 9 is larger"),
+    ):
+        assert tune.main(options) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_shapes_of_pointers_are_named_with_their_dilation() -> None:
+    problem = tune.Problem(1, (12, 64, 64), 8, 64, (3, 5, 5), dilation=(1, 2, 4))
+    key = triton_config.problem_key("pointers", problem.axes, 64, 2)
+    assert key == "pointers 12:3 64:5x2 64:5x4 d64 b2"
+    assert triton_config.pointer_shapes("pointers", problem.axes, 64, 2, "A GPU") is None
+    for kernel in triton_config.POINTER_KERNELS:
+        found = tune.variants(kernel, problem, 2)
+        assert len(set(found)) == len(found) >= 12
+        size = 64 if kernel == "pointers" else 128
+        best = ranked_tiles(problem.axes, size, 2)[0]
+        assert any((t.query, t.key) == (best.query, best.key) for t in found)
+    tuned = Tiles((1, 8, 8), (1, 8, 8), 8, 1)
+    triton_config.save("A GPU", key, tuned)
+    assert triton_config.pointer_shapes("pointers", problem.axes, 64, 2, "A GPU") == tuned
+    with triton_config.forced(pointers=None):
+        assert triton_config.pointer_shapes("pointers", problem.axes, 64, 2, "A GPU") is None
