@@ -12,6 +12,7 @@ from stvision.models.biformer import BIFORMER_MODELS, BiFormer
 from stvision.models.convs5 import CONVS5_MODELS, ConvS5Backbone
 from stvision.models.davit import DAVIT_MODELS, DaViT
 from stvision.models.halonet import HALONET_MODELS, HaloNet
+from stvision.models.mechanism_classifier import MECHANISM_MODELS, MechanismClassifier
 from stvision.models.nat import NAT, NAT_MODELS
 from stvision.models.selective_s4 import SELECTIVE_S4_MODELS, SelectiveS4
 from stvision.models.surface import check_options, option_names
@@ -46,6 +47,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **CONVS5_MODELS,
     **TVTS_MODELS,
     **TWO_STREAM_MODELS,
+    **MECHANISM_MODELS,
 }
 
 #: name -> classes whose arguments are its options
@@ -58,6 +60,7 @@ _CLASSES: dict[str, tuple[type[nn.Module], ...]] = {
     **dict.fromkeys(CONVS5_MODELS, (ConvS5Backbone, ConvS5, ConvSSM)),
     **dict.fromkeys(TVTS_MODELS, (TVTS,)),
     **{name: (TwoStream, TEMPORAL_HEADS[head]) for name, head in TWO_STREAM_HEADS.items()},
+    **dict.fromkeys(MECHANISM_MODELS, (MechanismClassifier,)),
 }
 
 #: what :func:`create_backbone` takes by itself, and the head that a name says

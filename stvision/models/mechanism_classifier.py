@@ -7,16 +7,20 @@ taken from the MLP beside it, so that all classifiers are equally large (:func:`
 
 Tokens get the fixed sines of their row and column and none of their frame: a network learns the
 order of frames from its mechanism or not at all.
+
+``create_backbone("mechanism", mechanism="ela")`` is the classifier with timm's surface.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stvision.attention import (
     BiLevelRoutingAttention,
@@ -39,10 +43,12 @@ from stvision.layers import (
     LightAttention,
     NonLocalBlock,
 )
+from stvision.layers.conv_s5 import ConvSSM
 from stvision.layers.token_selection import MaskGenerator, gather_tokens, select_exact
 from stvision.layers.vision import DepthwiseConv, FrameMix, Mlp, PositionConv, per_frame
 from stvision.models.selective_s4 import grid_positions
-from stvision.models.surface import Head
+from stvision.models.surface import Backbone, Head
+from stvision.models.weights import load_backbone, read_weights
 
 POOLS = ("mean", "last")
 #: rows and columns of pixels over those of tokens
@@ -301,11 +307,11 @@ MECHANISMS: dict[str, Mechanism] = {
 
 
 class Stem(nn.Module):
-    """Two strided convolutions of each frame: (B, T, H, W, 3) to (B, T, H / 8, W / 8, C)."""
+    """Two strided convolutions of each frame: (B, T, H, W, in) to (B, T, H / 8, W / 8, C)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, in_chans: int = 3) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, dim // 2, 7, stride=4, padding=3)
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 7, stride=4, padding=3)
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -327,9 +333,15 @@ class Block(nn.Module):
         self.norm1 = nn.Identity() if mixer is None else nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, hidden / dim)
+        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, H, W, C) to the same shape."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(self._transform, x, use_reentrant=False))
+        return self._transform(x)
+
+    def _transform(self, x: Tensor) -> Tensor:
         if self.mixer is not None:
             x = x + self.mixer(self.norm1(x))
         return x + self.mlp(self.norm2(x))
@@ -344,19 +356,37 @@ class FrameHead(nn.Module):
         self.steps = 32 if name == "temporal-inception" else None
         self.head = TEMPORAL_HEADS[name](dim, num_classes, hidden=dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) to (B, classes)."""
+    @property
+    def fc(self) -> nn.Module:
+        """The last linear layer."""
+        return cast(nn.Module, self.head.fc)
+
+    def reset(self, num_classes: int) -> None:
+        """A fresh linear layer of ``num_classes`` outputs; 0 for none.
+
+        Raises:
+            ValueError: a negative number.
+        """
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        size = cast(int, self.head.num_features)
+        self.head.fc = nn.Linear(size, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, T, C) to (B, classes), or to what the last linear layer reads."""
         if self.steps is not None:
             x = F.adaptive_avg_pool1d(x.mT, self.steps).mT
-        return self.head(x)
+        return cast(Tensor, self.head(x, pre_logits=pre_logits))
 
 
-class MechanismClassifier(nn.Module):
-    """Video classifier around one mechanism, for clips (B, 3, T, H, W) of any size.
+class MechanismClassifier(Backbone):
+    """Video classifier around one mechanism, for clips (B, C, T, H, W) of any size.
+
+    Each block is a stage of timm's surface: all have ``dim`` channels and an eighth of the rows.
 
     Args:
         mechanism: a key of :data:`MECHANISMS`.
-        num_classes: outputs.
+        num_classes: outputs; 0 for none.
         dim: channels C of a token.
         depth: blocks.
         heads: attention heads; must divide ``dim``.
@@ -367,6 +397,9 @@ class MechanismClassifier(nn.Module):
             head over time reads the means of all frames in either case.
         compiled: see :class:`Place`.
         backend: see :class:`Place`.
+        in_chans: channels of frames.
+        frames: a number for clips, of any length; ``None`` for images (B, C, H, W), which are clips
+            of one frame. A TS-LSTM takes three frames and more.
 
     Raises:
         ValueError: an unknown mechanism or pooling, or sizes that do not fit.
@@ -385,17 +418,15 @@ class MechanismClassifier(nn.Module):
         pool: str = "mean",
         compiled: bool = True,
         backend: str | None = None,
+        in_chans: int = 3,
+        frames: int | None = 16,
     ) -> None:
-        super().__init__()
-        if mechanism not in MECHANISMS:
+        if not isinstance(mechanism, str) or mechanism not in MECHANISMS:
             raise ValueError(f"mechanism must be one of {', '.join(MECHANISMS)}, got {mechanism!r}")
         if pool not in POOLS:
             raise ValueError(f"pool must be 'mean' or 'last', got {pool!r}")
-        if num_classes < 1 or depth < 1 or tokens < 1:
-            raise ValueError(
-                "num_classes, depth and tokens must be at least 1, got "
-                f"{num_classes}, {depth} and {tokens}"
-            )
+        if depth < 1 or tokens < 1:
+            raise ValueError(f"depth and tokens must be at least 1, got {depth} and {tokens}")
         if dim < 32 or dim % 32 or heads < 1 or dim % heads:
             raise ValueError(
                 f"dim must be a multiple of 32 that heads divide, got dim={dim}, heads={heads}"
@@ -403,8 +434,13 @@ class MechanismClassifier(nn.Module):
         if hidden is None:
             hidden = matched_hidden(mechanism, dim, depth, heads)
         kind = MECHANISMS[mechanism]
+        if kind.head == "ts-lstm" and (frames is None or frames < 3):
+            raise ValueError(f"frames of mechanism 'ts-lstm' must be at least 3, got {frames}")
+        super().__init__(in_chans, num_classes, [dim] * depth, frames, [STRIDE] * depth)
+        for index, info in enumerate(self.feature_info):
+            info["module"] = f"blocks.{index}"
         self.mechanism, self.pool, self.dim, self.hidden = mechanism, pool, dim, hidden
-        self.stem = Stem(dim)
+        self.stem = Stem(dim, in_chans)
         self.blocks = nn.ModuleList()
         for index in range(depth):
             place = Place(dim, heads, index, tokens, compiled, backend)
@@ -415,25 +451,52 @@ class MechanismClassifier(nn.Module):
             Head(dim, num_classes) if kind.head is None else FrameHead(kind.head, dim, num_classes)
         )
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Clips (B, 3, T, H, W) to tokens (B, T, H / 8, W / 8, C), rounded up."""
-        if x.ndim != 5 or x.shape[1] != 3:
-            raise ValueError(f"x must be (B, 3, T, H, W), got {tuple(x.shape)}")
-        grid = self.stem(x.permute(0, 2, 3, 4, 1))
-        # the sum over blocks stays in float32 under autocast
-        grid = grid.to(torch.promote_types(grid.dtype, torch.float32))
-        grid = grid + grid_positions((1, *grid.shape[2:4]), self.dim, grid)
-        for block in self.blocks:
-            grid = block(grid)
-        return self.norm(grid)
+    def parts(self) -> nn.ModuleList:
+        """The blocks."""
+        return self.blocks
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Clips (B, 3, T, H, W) to scores (B, classes)."""
-        grid = self.forward_features(x)
+    def no_weight_decay(self) -> set[str]:
+        """Names of what state-space layers are made of, as in their own backbones."""
+        found: set[str] = set()
+        for name, module in self.named_modules():
+            own = [key for key, _ in module.named_parameters(recurse=False)]
+            if isinstance(module, S4):
+                found |= {f"{name}.{key}" for key in own}
+            elif isinstance(module, ConvSSM):
+                found |= {f"{name}.{key}" for key in own if key not in ("B", "C")}
+        return found
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh last layer of ``num_classes`` outputs; 0 for none.
+
+        Raises:
+            ValueError: a negative number, or a pooling other than what the model does.
+        """
+        if global_pool == "avg" and (self.pool != "mean" or isinstance(self.head, FrameHead)):
+            raise ValueError(
+                "global_pool must be None where the last frame or a head over time is read, got "
+                "'avg'"
+            )
+        super().reset_classifier(num_classes, global_pool)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Pixels (B, T, H, W, in_chans) to tokens (B, T, H / 8, W / 8, C), rounded up."""
+        grid = self.stem(x)
+        # the sum over blocks is in the dtype of the weights, under autocast too
+        grid = grid.to(self.norm.weight.dtype)
+        return grid + grid_positions((1, *grid.shape[2:4]), self.dim, grid)
+
+    def norm_features(self, x: Tensor) -> Tensor:
+        """The norm behind the last block."""
+        return cast(Tensor, self.norm(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens of :meth:`forward_features` to (B, classes), or to what the last layer reads."""
+        grid = x.unsqueeze(1) if self.frames is None else x
         if isinstance(self.head, FrameHead):
-            return self.head(grid.mean((2, 3)))
+            return cast(Tensor, self.head(grid.mean((2, 3)), pre_logits=pre_logits))
         kept = grid if self.pool == "mean" else grid[:, -1:]
-        return self.head(kept.mean((1, 2, 3)))
+        return cast(Tensor, self.head(kept.mean((1, 2, 3)), pre_logits=pre_logits))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -468,3 +531,25 @@ def matched_hidden(mechanism: str, dim: int = 64, depth: int = 4, heads: int = 2
     smallest = size(mechanism, 8)
     each = size(mechanism, 16) - smallest  # parameters of 8 more channels
     return 8 + 8 * max(0, round((wanted - smallest) / each))
+
+
+def mechanism(
+    pretrained: str | Path | None = None, mechanism: str = "divided", **options: Any
+) -> MechanismClassifier:
+    """mechanism: four blocks of 64 channels around any mechanism of the library.
+
+    Args:
+        pretrained: weights in this project's keys: a file, a folder or ``owner/name`` of a hub
+            repository. Nothing differs between images and clips.
+        mechanism: a key of :data:`MECHANISMS`; attention divided over time and space when not given.
+        options: arguments of :class:`MechanismClassifier` that differ.
+    """
+    model = MechanismClassifier(mechanism, **({"num_classes": 1000} | options))
+    if pretrained is not None:
+        head = "head.head.fc" if isinstance(model.head, FrameHead) else "head.fc"
+        load_backbone(model, read_weights(pretrained), first_conv="stem.conv1", head=head)
+    return model
+
+
+#: name -> function ``(pretrained=None, **options)``
+MECHANISM_MODELS: dict[str, Callable[..., MechanismClassifier]] = {"mechanism": mechanism}

@@ -177,9 +177,13 @@ class Backbone(nn.Module):
         """What follows the last stage and comes before pooling; here nothing."""
         return x
 
+    def parts(self) -> nn.ModuleList:
+        """What runs between stem and head, each with its entry in ``feature_info``; the stages."""
+        return self.stages
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward instead of keeping its activations."""
-        for stage in self.stages:
+        for stage in self.parts():
             cast(Any, stage).grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
@@ -242,14 +246,14 @@ class Backbone(nn.Module):
         Raises:
             ValueError: a stage that does not exist, an unknown format, or another shape of ``x``.
         """
-        count = len(self.stages)
+        count = len(self.parts())
         if output_fmt not in {"NCHW", "NHWC"}:
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         asked = asked_stages(indices, count)
         last = max(asked, default=count - 1) if stop_early else count - 1
         found: dict[int, Tensor] = {}
         x = self.embed(self._grid(x))
-        for i, stage in enumerate(self.stages):
+        for i, stage in enumerate(self.parts()):
             if i > last:
                 break
             x = stage(x)
@@ -264,7 +268,7 @@ class Backbone(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to (B, H', W', D), clips to (B, T, H', W', D)."""
         x = self.embed(self._grid(x))
-        for stage in self.stages:
+        for stage in self.parts():
             x = stage(x)
         return self._outside(self.norm_features(x))
 

@@ -22,9 +22,11 @@ from support_labelled import tiny_video
 from torch import Tensor, nn
 
 import stvision
+from stvision.attention import ATTENTIONS
 from stvision.config import find_config, load_config
 from stvision.datasets.packed import pack
 from stvision.datasets.records import ClipDataset, Record
+from stvision.layers import LAYERS
 from stvision.models.backbones import BACKBONES, backbone_options, create_backbone
 from stvision.models.classifier import (
     VideoClassifier,
@@ -33,6 +35,7 @@ from stvision.models.classifier import (
     set_drop_path,
     view_probabilities,
 )
+from stvision.models.mechanism_classifier import MECHANISMS
 from stvision.models.two_stream import TwoStream
 from stvision.train import classify
 from stvision.train.classify import ClassifyConfig
@@ -80,6 +83,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         "tvts_base",
         {"dim": 24, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": 16},
     ),
+    "mechanism": ("mechanism", {"mechanism": "ela", "dim": 32, "depth": 2, "heads": 1}),
 }
 
 
@@ -322,6 +326,7 @@ ORDER = {
     "selective_s4": ["patch_embed.", "stages.0.", "stages.1.", "(mask_generator|head)."],
     "convs5": ["(encoder|proj).", "stages.0.blocks.0.", "stages.0.blocks.1.", "head."],
     "tvts": ["(cls_token|pos_embed|temporal_embed|patch_embed.)", "blocks.0.", "blocks.1.", "blocks.2.", "(norm|head)."],
+    "mechanism": ["stem.", "blocks.0.", "blocks.1.", "(norm|head)."],
 }  # fmt: skip
 
 
@@ -382,6 +387,10 @@ def test_streams_end_before_their_head() -> None:
 
 def test_what_the_network_excludes_is_not_decayed() -> None:
     s4, nat = net("selective_s4"), net("nat")
+    mixed = net("mechanism", mechanism="s4")
+    assert {n for n, p in mixed.named_parameters() if p.ndim > 1 and not is_decayed(mixed, n)} == {
+        f"blocks.{i}.mixer.{x}" for i in range(2) for x in ("w", "B", "C")
+    }
     assert {n for n, p in s4.named_parameters() if p.ndim > 1 and not is_decayed(s4, n)} == {
         f"stages.{i}.s4.{x}" for i in range(2) for x in ("w", "B", "C")
     } & dict(s4.named_parameters()).keys()
@@ -815,7 +824,7 @@ def test_a_two_stream_model_trains_its_head(backbone: str, world: Path) -> None:
     assert not torch.equal(loaded.head.fc.weight, fresh.head.fc.weight)
 
 
-@pytest.mark.parametrize("name", ["classify_metaworld", "classify_ucf101"])
+@pytest.mark.parametrize("name", ["classify_mechanism", "classify_metaworld", "classify_ucf101"])
 def test_packaged_configurations_build_their_models(name: str) -> None:
     given = load_config(ClassifyConfig, find_config(name))
     with torch.device("meta"):
@@ -824,6 +833,41 @@ def test_packaged_configurations_build_their_models(name: str) -> None:
         )
     assert check_groups(model, given.layer_decay)
     assert given.test_clips > 1 and given.network_size[0] % 16 == 0
+
+
+@pytest.mark.parametrize("mechanism", ["neighborhood", "conv-s5"])
+def test_a_mechanism_is_trained_by_its_name_in_a_configuration(mechanism: str, world: Path) -> None:
+    """The packaged file, made small: one of the attentions by name, and one of the other layers."""
+    folder = world / f"by_name_{mechanism}"
+    words = ["--config", "classify_mechanism", "--set", f"options.mechanism={mechanism}"]
+    changes = {"options.dim": 32, "options.heads": 1, "options.depth": 2, "label": "label"}
+    changes |= {"data.kind": "packed", "data.root": world / "data", "output_dir": folder}
+    changes |= {"data.cache_dir": world / "cache", "data.num_frames": 4, "data.workers": 0}
+    changes |= {"data.height": 16, "data.width": 16, "loop.max_steps": 3, "loop.batch_size": 4}
+    changes |= {"loop.mixed_precision": "'no'", "loop.cuda_graphs": "false", "loop.log_every": 1}
+    changes |= {"loop.warmup_steps": 0, "loop.tensorboard": "false", "test_clips": 1}
+    for key, value in changes.items():
+        words += ["--set", f"{key}={value}"]
+    assert classify.main(words) == 0
+    assert all(math.isfinite(loss) for loss in log(folder)) and len(log(folder)) == 3
+    loaded: Any = load_classifier(folder / "model").net
+    wanted = LAYERS["conv-s5"] if mechanism == "conv-s5" else ATTENTIONS[mechanism]
+    for block in loaded.blocks:
+        assert any(type(module) is wanted for module in block.mixer.modules())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fresh = build_network("mechanism", 2, 4, load_classifier(folder / "model").options)
+    for name, parameter in fresh.named_parameters():
+        assert not torch.equal(loaded.get_parameter(name), parameter), name
+
+
+def test_a_wrong_mechanism_ends_a_training_with_those_that_there_are(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config(world, "wrong", "mechanism", options={"mechanism": "elaa"})
+    assert classify.main(["--config", str(path)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.endswith(f"mechanism must be one of {', '.join(MECHANISMS)}, got 'elaa'")
 
 
 class Wheel(Squares):

@@ -28,6 +28,7 @@ FILES = {
     "seer_sd15_bridge": ("seer", "SeerConfig"),
     "seer_sd15_epic": ("seer", "SeerConfig"),
     "action_default": ("action", "ActionConfig"),
+    "classify_mechanism": ("classify", "ClassifyConfig"),
     "classify_metaworld": ("classify", "ClassifyConfig"),
     "classify_ucf101": ("classify", "ClassifyConfig"),
 }
