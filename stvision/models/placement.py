@@ -11,7 +11,7 @@ weights of the network keep their names.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import mean, median
@@ -26,8 +26,14 @@ from stvision.layers.light_attention import LightAttention
 #: name of the block inside the module that it follows
 ATTACHED = "placed_attention"
 
+#: name of what :func:`attention_slots` puts into modules for its run
+_PROBE = "slot_probe"
+
 #: parts of class names of modules that change the grid between blocks and are none themselves
 _BETWEEN = ("merg", "downsample", "embed", "stem")
+
+#: norms, which have children where an activation is a part of theirs
+_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,9 @@ class Slot:
         dim: channels C there.
         grid: (T, H, W) there, for the input that the slots were found with; T = 1 for images.
         channels_last: whether the output is (B, H, W, C) or (B, T, H, W, C), not channels second.
+        image: whether the output has no axis of time.
+        chain: whether the module runs its children one after another and gives back what the last
+            one gives, as ``nn.Sequential`` does; a block that is added to such a one runs by that.
     """
 
     name: str
@@ -47,6 +56,20 @@ class Slot:
     dim: int
     grid: tuple[int, int, int]
     channels_last: bool
+    image: bool
+    chain: bool
+
+
+class _Probe(nn.Module):
+    """A child that changes nothing and keeps what the module that it was added to gave it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran, self.seen = False, None
+
+    def forward(self, x: Any, *_others: Any, **_options: Any) -> Any:
+        self.ran, self.seen = True, x
+        return x
 
 
 def _blocks(module: nn.Module, path: str = "") -> Iterable[tuple[str, nn.Module]]:
@@ -54,6 +77,8 @@ def _blocks(module: nn.Module, path: str = "") -> Iterable[tuple[str, nn.Module]
     for key, child in module.named_children():
         name = f"{path}.{key}" if path else key
         kind = type(child).__name__
+        if key == ATTACHED or isinstance(child, _NORMS):
+            continue
         if isinstance(child, nn.Sequential | nn.ModuleList):
             yield from _blocks(child, name)
         elif any(part in kind.lower() for part in _BETWEEN) or not any(
@@ -87,6 +112,49 @@ def _channel_axis(block: nn.Module, shape: Sequence[int], like: Sequence[int]) -
     return found[0] if len(found) == 1 else None
 
 
+def _outputs(
+    net: nn.Module, example: Tensor, blocks: Mapping[str, nn.Module]
+) -> tuple[dict[str, torch.Size], set[str], list[str], Exception | None]:
+    """Run a network and look at modules of it.
+
+    Returns:
+        Shapes of the grids that the modules give, in the order of running; names of those that run
+        their children one after another; of those that run them in another way, which may spoil
+        the run; and the error in which it ended, if it did.
+    """
+    shapes: dict[str, torch.Size] = {}
+    chains: set[str] = set()
+    probes = {name: _Probe() for name in blocks}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, out: Any) -> None:
+            if isinstance(out, Tensor) and out.ndim in (4, 5):
+                shapes[name] = out.shape
+            if probes[name].ran and probes[name].seen is out:
+                chains.add(name)
+
+        return hook
+
+    training = {module: module.training for module in net.modules()}
+    handles = [block.register_forward_hook(note(name)) for name, block in blocks.items()]
+    for name, block in blocks.items():
+        block.add_module(_PROBE, probes[name])
+    error = None
+    try:
+        net.eval()(example)
+    except Exception as raised:  # noqa: BLE001  the caller raises it where no probe is the cause
+        error = raised
+    finally:
+        for block in blocks.values():
+            block._modules.pop(_PROBE, None)
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    odd = [name for name, probe in probes.items() if probe.ran and name not in chains]
+    return shapes, chains, odd, error
+
+
 @torch.no_grad()
 def attention_slots(
     net: nn.Module,
@@ -97,44 +165,46 @@ def attention_slots(
 ) -> list[Slot]:
     """Residual blocks of a network whose output is a grid, in the order in which they run.
 
-    Blocks are sought in lists and stages; the network runs once, in evaluation mode.
+    Blocks are sought in lists and stages. The network runs in evaluation mode: once, and once
+    more for each module met that runs its children in a way of its own, as the dense blocks of a
+    DenseNet do. Behind such a one nothing can be placed, so it is no slot.
 
     Args:
         net: a network of timm, of torchvision, of this package or of one's own; its last layers may
             be anything.
         example: images (B, C, H, W) or clips (B, C, T, H, W) that the network takes; rows and
             columns should differ in number where layouts are to be told apart.
-        names: paths of the blocks, for a network in which they are not found.
+        names: paths of the blocks, for a network in which they are not found. A list of blocks that
+            run one after another, ``nn.Sequential`` for instance, is a block too.
         channels_last: the layout of all outputs; ``None`` to tell it from sizes.
 
     Raises:
-        ValueError: no block is found, a name does not exist, one gives no grid, or the layout cannot
-            be told.
+        ValueError: no block is found, a name does not exist, one gives no grid or runs its children
+            in a way of its own, or the layout cannot be told.
     """
     modules = dict(net.named_modules())
     if names is not None:
         for name in names:
             if name not in modules:
                 raise ValueError(f"names has {name!r}, which the network does not have")
-    blocks = list(_blocks(net)) if names is None else [(name, modules[name]) for name in names]
-    shapes: dict[str, torch.Size] = {}  # in the order of running
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, out: Any) -> None:
-            if isinstance(out, Tensor) and out.ndim in (4, 5):
-                shapes[name] = out.shape
-
-        return hook
-
-    handles = [block.register_forward_hook(note(name)) for name, block in blocks]
-    training = {module: module.training for module in net.modules()}
-    try:
-        net.eval()(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
+        blocks = {name: modules[name] for name in names}
+    else:  # one that stands in two places is one block
+        once: dict[nn.Module, str] = {}
+        for name, block in _blocks(net):
+            once.setdefault(block, name)
+        blocks = {name: block for block, name in once.items()}
+    while True:
+        shapes, chains, odd, error = _outputs(net, example, blocks)
+        if not odd:
+            break
+        if names is not None:
+            raise ValueError(
+                f"names has {odd[0]!r}, behind which nothing can be placed, as it runs its children "
+                "in a way of its own; name a module around it or one of those inside"
+            )
+        blocks = {name: block for name, block in blocks.items() if name not in odd}
+    if error is not None:
+        raise error
     missing = [name for name in names or () if name not in shapes]
     if missing:
         raise ValueError(f"names has {missing[0]!r}, whose output is no grid of 4 or 5 axes")
@@ -146,7 +216,7 @@ def attention_slots(
     for name, shape in shapes.items():
         axis: int | None = -1 if channels_last else 1
         if channels_last is None:
-            axis = _channel_axis(modules[name], shape, example.shape[-2:])
+            axis = _channel_axis(blocks[name], shape, example.shape[-2:])
         if axis is None:
             raise ValueError(
                 f"the layout of {name}'s output {tuple(shape)} cannot be told; give channels_last="
@@ -156,7 +226,8 @@ def attention_slots(
         last = slots[-1] if slots else None
         same = last is not None and (last.dim, last.grid) == (shape[axis], grid)
         stage = 0 if last is None else last.stage + (not same)
-        slots.append(Slot(name, stage, shape[axis], cast(Any, grid), axis == -1))
+        layout = (axis == -1, len(shape) == 4)
+        slots.append(Slot(name, stage, shape[axis], cast(Any, grid), *layout, name in chains))
     return slots
 
 
@@ -234,6 +305,23 @@ def _attend(module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
     return cast(Tensor, block(out))
 
 
+def _lift(_block: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    if inputs[0].ndim != 4:
+        raise ValueError(
+            f"x must be (B, H, W, C), as where the slot was found, got {tuple(inputs[0].shape)}"
+        )
+    return inputs[0].unsqueeze(1)
+
+
+def _lower(_block: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+    return out.squeeze(1)
+
+
+def _drop(hooks: dict[int, Any], ours: Callable[..., Tensor]) -> None:
+    for key in [key for key, hook in hooks.items() if hook is ours]:
+        del hooks[key]
+
+
 def place_attention(
     net: nn.Module,
     slots: Sequence[Slot],
@@ -243,8 +331,9 @@ def place_attention(
     """Put attention blocks into a network, in place.
 
     Each becomes a child :data:`ATTACHED` of the residual block it follows and runs in a forward hook
-    of it. Parameters of the network keep their names; what was there before is replaced. A network
-    is compiled after its blocks are placed, not before.
+    of it or, where the slot is a chain, as the last of its children. Parameters of the network keep
+    their names; what was there before is replaced. A network is compiled after its blocks are placed,
+    not before.
 
     Args:
         net: what the slots were found in.
@@ -268,18 +357,24 @@ def place_attention(
         made = block(slot).train(module.training)
         like = next((p for p in module.parameters() if p.is_floating_point()), None)
         module.add_module(ATTACHED, made if like is None else made.to(like.device, like.dtype))
-        module.register_forward_hook(_attend)
+        if not slot.chain:
+            module.register_forward_hook(_attend)
+        elif slot.image and cast(Any, made).channels_last:
+            _drop(made._forward_pre_hooks, _lift)  # of a block that is behind another slot too
+            _drop(made._forward_hooks, _lower)
+            made.register_forward_pre_hook(_lift)
+            made.register_forward_hook(_lower)
     return taken
 
 
 def remove_attention(net: nn.Module) -> None:
     """Take out what :func:`place_attention` put in."""
     for module in list(net.modules()):
-        if ATTACHED in module._modules:
-            del module._modules[ATTACHED]
-            for key, hook in list(module._forward_hooks.items()):
-                if hook is _attend:
-                    del module._forward_hooks[key]
+        block = module._modules.pop(ATTACHED, None)
+        if block is not None:
+            _drop(module._forward_hooks, _attend)
+            _drop(block._forward_pre_hooks, _lift)
+            _drop(block._forward_hooks, _lower)
 
 
 def measured_latency(

@@ -1,6 +1,7 @@
 """Attention blocks placed in networks: slots, rules, names of weights, and the search."""
 
 import copy
+import io
 import itertools
 import math
 
@@ -146,6 +147,333 @@ def test_the_block_gates_the_output_of_the_residual_block() -> None:
     got = model.layer2(inside)
     block = getattr(model.layer2[0], ATTACHED)
     assert torch.equal(got, block(model.layer2[0].forward(inside)))
+
+
+class Loop(nn.Module):
+    """Runs its children one after another and is no ``nn.Sequential``."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        for i, block in enumerate(blocks):
+            self.add_module(f"b{i}", block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.children():
+            x = block(x)
+        return x
+
+
+class Dense(nn.ModuleDict):
+    """A dense block: each child gets all maps so far as a list."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__({f"b{i}": block for i, block in enumerate(blocks)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [x]
+        for block in self.values():
+            maps.append(block(maps))
+        return torch.cat(maps, 1)
+
+
+class Layer(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(dim, 8, 3, 1, 1), nn.ReLU())
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.body(torch.cat(maps, 1))
+
+
+class Around(nn.Sequential):
+    """A chain with something of its own after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Sum(nn.Module):
+    """Children side by side."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.one, self.two = blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([block(x) for block in self.children()]).sum(0)
+
+
+class Keyed(nn.Module):
+    """Two blocks in a dictionary, which the network reads itself."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.steps = nn.ModuleDict({"a": Residual(dim, dim, 1), "b": Residual(dim, dim, 1)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.steps["b"](self.steps["a"](x))
+
+
+class Rows(nn.Module):
+    """A block on (B, H, W, C) or (B, T, H, W, C)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(self.norm(x)).tanh()
+
+
+class Affine(nn.Module):
+    """Far from the identity, and not its own square; counts its calls."""
+
+    def __init__(self, channels_last: bool) -> None:
+        super().__init__()
+        self.channels_last, self.calls = channels_last, 0
+        self.scale = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 5 or not self.channels_last
+        self.calls += 1
+        return self.scale * x + 1
+
+
+def nested() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Sequential(Residual(3, 8, 1), Residual(8, 8, 2)),
+        Loop(Residual(8, 8, 1), Residual(8, 8, 1)),
+        nn.Sequential(nn.Sequential(Residual(8, 8, 1))),
+        Keyed(8),
+        nn.Sequential(Residual(8, 8, 1), nn.Conv2d(8, 8, 1)),
+    ).eval()
+
+
+PLACES = ["0", "0.1", "1", "1.b0", "1.b1", "2", "2.0", "2.0.0", "3", "3.steps.a", "3.steps.b", "4"]
+PLACES += ["4.0", "4.1", ""]  # of a leaf and of the whole, too
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_placed_block_runs_once_wherever_its_slot_is(place: str) -> None:
+    """Against the output of the slot, taken out of the run and put back by hand."""
+    model = nested()
+    plain, keys = model(IMAGES), set(model.state_dict())
+    (slot,) = attention_slots(model, IMAGES, names=[place])
+    assert slot.chain == (place in {"0", "1", "2", "2.0", "4", ""}) and slot.image
+    place_attention(model, [slot], "every-block", lambda slot: Affine(slot.channels_last))
+    block = getattr(model.get_submodule(place), ATTACHED)
+    got = model(IMAGES)
+    assert block.calls == 1
+    added = set(model.state_dict()) - keys
+    assert keys <= set(model.state_dict())
+    assert added == {f"{place}.{ATTACHED}.scale".removeprefix(".")}
+
+    peer = nested()
+    hook = peer.get_submodule(place).register_forward_hook(lambda _m, _i, out: 3 * out + 1)
+    assert torch.equal(got, peer(IMAGES)) and not torch.allclose(got, plain)
+    hook.remove()
+
+    held = io.BytesIO()
+    torch.save(model, held)
+    held.seek(0)
+    for other in (copy.deepcopy(model), torch.load(held, weights_only=False)):
+        twin = getattr(other.get_submodule(place), ATTACHED)
+        assert twin is not block and torch.equal(other(IMAGES), got) and twin.calls == 2
+    again = nested()
+    place_attention(again, [slot], "every-block", lambda slot: Affine(slot.channels_last))
+    with torch.no_grad():
+        getattr(again.get_submodule(place), ATTACHED).scale.zero_()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(IMAGES), got)
+    place_attention(again, [slot], "every-block", lambda slot: Affine(slot.channels_last))
+    assert torch.equal(again(IMAGES), got)
+    remove_attention(again)
+    assert set(again.state_dict()) == keys and torch.equal(again(IMAGES), plain)
+
+
+def test_a_chain_and_blocks_inside_it_take_one_block_each_and_compile() -> None:
+    model = nested()
+    names = ["0", "0.1", "1", "1.b1", "3.steps.a", "4"]
+    slots = attention_slots(model, IMAGES, names=names)
+    assert [slot.name for slot in slots] == ["0.1", "0", "1.b1", "1", "3.steps.a", "4"]
+    plain = model(IMAGES)
+    place_attention(model, slots, "every-block")
+    assert torch.equal(model(IMAGES), plain)
+    opened(model)
+    calls = {name: 0 for name in names}
+    for name in names:
+
+        def count(*_: object, name: str = name) -> None:
+            calls[name] += 1
+
+        getattr(model.get_submodule(name), ATTACHED).register_forward_hook(count)
+    out = model(IMAGES)
+    assert set(calls.values()) == {1} and not torch.allclose(out, plain)
+    # what was placed is no slot itself, and slots are the same with it
+    assert attention_slots(model, IMAGES, names=names) == slots
+    assert not any(ATTACHED in slot.name for slot in attention_slots(model, IMAGES))
+    place_attention(model, slots, "every-block")
+    opened(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    assert torch.allclose(compiled(IMAGES), model(IMAGES), atol=1e-6)
+    model(IMAGES).sum().backward()
+    assert all(p.grad.abs().max() > 0 for n, p in model.named_parameters() if ATTACHED in n)
+
+
+@pytest.mark.parametrize("frames", [None, 1, 2])
+def test_chains_with_channels_last_take_images_and_clips(frames: int | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(Rows(6), Rows(6)), Rows(6)).eval()
+    x = torch.randn(2, *([frames] if frames else []), 9, 4, 6)
+    slots = attention_slots(model, x, names=["0", "0.0", "1"], channels_last=True)
+    assert [slot.name for slot in slots] == ["0.0", "0", "1"]
+    assert all(slot.image == (frames is None) for slot in slots)
+    assert [slot.grid for slot in slots] == [(frames or 1, 9, 4)] * 3
+    inside = model[0][1](model[0][0](x))
+    place_attention(model, slots, ["0"], lambda slot: Affine(True))
+    place_attention(model, slots, ["0"], lambda slot: Affine(True))
+    assert torch.equal(model(x), model[1](3 * inside + 1))
+    assert getattr(model[0], ATTACHED).calls == 1
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    torch.compiler.reset()
+    assert torch.allclose(compiled(x), model(x), atol=1e-6)
+    place_attention(model, slots, "every-block")
+    opened(model)
+    assert model(x).shape == x.shape
+    if frames is None:
+        with pytest.raises(ValueError, match=r"x must be \(B, H, W, C\), as where .*, got \(2, 3"):
+            model(torch.randn(2, 3, 9, 4, 6))
+
+
+def test_one_block_behind_two_chains_and_placed_anew_keeps_shapes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(Rows(6)), nn.Sequential(Rows(6))).eval()
+    x, block = torch.randn(2, 1, 4, 6), Affine(True)
+    slots = attention_slots(model, x, names=["0", "1"], channels_last=True)
+    wanted = 3 * model[1](3 * model[0](x) + 1) + 1
+    for _ in range(2):
+        place_attention(model, slots, "every-block", lambda slot: block)
+        assert torch.equal(model(x), wanted)
+    remove_attention(model)
+    assert torch.equal(block(x[:, None]), 3 * x[:, None] + 1)  # as it was before
+
+
+def test_a_block_that_stands_in_two_places_is_one_slot() -> None:
+    torch.manual_seed(0)
+    shared = Residual(8, 8, 1)
+    model = nn.Sequential(nn.Sequential(Residual(3, 8, 1), shared), nn.Sequential(shared)).eval()
+    slots = attention_slots(model, IMAGES)
+    assert [slot.name for slot in slots] == ["0.0", "0.1"]
+    first = model[0][0](IMAGES)
+    once = 3 * shared(first) + 1
+    wanted = 3 * shared(once) + 1
+    place_attention(model, slots, ["0.1"], lambda slot: Affine(slot.channels_last))
+    assert torch.equal(model(IMAGES), wanted) and getattr(shared, ATTACHED).calls == 2
+
+
+def odd(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    made = {
+        "dense": lambda: Dense(Layer(8), Layer(16)),
+        "around": lambda: Around(Residual(8, 8, 1), Residual(8, 24, 1)),
+        "sum": lambda: Sum(Residual(8, 24, 1), Residual(8, 24, 1)),
+    }[kind]()
+    blocks = nn.Sequential(Residual(3, 8, 2), made, Residual(24, 8, 1))
+    return nn.Sequential(blocks, nn.Conv2d(8, 4, 1)).eval()
+
+
+@pytest.mark.parametrize("kind", ["dense", "around", "sum"])
+def test_modules_with_a_way_of_their_own_are_no_slots(kind: str) -> None:
+    model = odd(kind)
+    plain, before = model(IMAGES), [name for name, _ in model.named_modules()]
+    slots = attention_slots(model, IMAGES)
+    inside = ["0.1.0", "0.1.1"] if kind == "around" else []
+    assert [slot.name for slot in slots] == ["0.0", *inside, "0.2"]
+    with pytest.raises(
+        ValueError, match=r"names has '0.1', behind which nothing can be placed, as"
+    ):
+        attention_slots(model, IMAGES, names=["0.0", "0.1"])
+    assert [name for name, _ in model.named_modules()] == before
+    assert not any(module._forward_hooks for module in model.modules())
+    place_attention(model, slots, "every-block")
+    assert torch.equal(model(IMAGES), plain)
+    # the module around it can be a slot
+    (slot,) = attention_slots(model, IMAGES, names=["0"])
+    remove_attention(model)
+    wanted = model[1](3 * model[0](IMAGES) + 1)
+    place_attention(model, [slot], "every-block", lambda slot: Affine(slot.channels_last))
+    assert torch.equal(model(IMAGES), wanted) and getattr(model[0], ATTACHED).calls == 1
+
+
+def test_norms_with_an_activation_inside_are_no_slots() -> None:
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self, dim: int) -> None:
+            super().__init__(dim)
+            self.act = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(super().forward(x))
+
+    model = nn.Sequential(nn.Sequential(Residual(3, 8, 1), NormAct(8)), Residual(8, 8, 1))
+    assert [slot.name for slot in attention_slots(model, IMAGES)] == ["0.0", "1"]
+    assert attention_slots(model, IMAGES, names=["0.1"])[0].dim == 8
+
+
+def test_the_error_of_a_network_is_its_own() -> None:
+    model = nested()
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 4"):
+        attention_slots(model, torch.randn(1, 4, 9, 5))
+    assert not any("probe" in name for name, _ in model.named_modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+STAGES = {
+    ("torchvision", "resnet18"): ("layer3", "layer4"),
+    ("torchvision", "densenet121"): ("features.transition1", "features.transition2"),
+    ("torchvision", "swin_t"): ("features.1", "features.3"),
+    ("timm", "regnety_002"): ("s3", "s4"),
+    ("timm", "swin_tiny_patch4_window7_224"): ("layers.0.blocks", "layers.1.blocks"),
+    ("timm", "efficientnet_b0"): ("blocks.1", "blocks.3"),
+}
+
+
+@pytest.mark.parametrize(("library", "name"), STAGES)
+def test_stages_of_libraries_by_name(library: str, name: str) -> None:
+    mend_torchvision()
+    made = pytest.importorskip(library, reason=f"{library} (extra `vision`) is missing")
+    torch.manual_seed(0)
+    model = (made.create_model if library == "timm" else made.models.get_model)(name).eval()
+    x = torch.randn(1, 3, *((224, 224) if name.startswith("swin_tiny") else (64, 96)))
+    names, last = STAGES[library, name], "swin" in name
+    slots = attention_slots(model, x, names=names, channels_last=last)
+    assert [slot.name for slot in slots] == list(names) and all(slot.chain for slot in slots)
+    with torch.no_grad():
+        plain = model(x)
+        place_attention(model, slots, "every-block")
+        assert torch.equal(model(x), plain)
+        place_attention(model, slots, "every-block", lambda slot: Affine(slot.channels_last))
+        blocks = [getattr(model.get_submodule(place), ATTACHED) for place in names]
+        got = model(x)
+        assert [block.calls for block in blocks] == [1, 1]
+        remove_attention(model)
+        assert torch.equal(model(x), plain)
+        for place in names:
+            model.get_submodule(place).register_forward_hook(lambda _m, _i, out: 3 * out + 1)
+        assert torch.equal(model(x), got) and not torch.allclose(got, plain)
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_dense_blocks_of_libraries_are_one_sentence(library: str) -> None:
+    mend_torchvision()
+    made = pytest.importorskip(library, reason=f"{library} (extra `vision`) is missing")
+    model = (made.create_model if library == "timm" else made.models.get_model)("densenet121")
+    x = torch.randn(1, 3, 64, 32)
+    with pytest.raises(ValueError, match="no residual blocks with grids were found in DenseNet; "):
+        attention_slots(model, x)
+    with pytest.raises(ValueError, match="names has 'features.denseblock2', behind which nothing"):
+        attention_slots(model, x, names=["features.denseblock2"])
 
 
 def test_placing_again_replaces() -> None:
