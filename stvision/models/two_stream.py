@@ -25,6 +25,9 @@ from stvision.optional import mend_torchvision, require
 
 SOURCES = ("stvision", "timm", "torchvision")
 
+#: classifiers in the middle of GoogLeNet and Inception v3, of use only beside the one at the end
+_SIDE_CLASSIFIERS = ("aux1", "aux2", "AuxLogits")
+
 
 def image_features(
     name: str, pretrained: bool | str | Path = False, in_chans: int = 3
@@ -32,14 +35,16 @@ def image_features(
     """A network from images (N, in_chans, H, W) to pooled features (N, D), and D.
 
     Args:
-        name: ``"timm:resnet101"``, ``"torchvision:resnet101"`` or ``"stvision:davit_tiny"``.
+        name: ``"timm:resnet101"``, ``"torchvision:resnet101"`` or ``"stvision:davit_tiny"``; of
+            torchvision those that classify images, without the classifiers that some have in
+            their middle.
         pretrained: weights in the layout of the source: a file, a folder or ``owner/name`` of a hub
             repository. ``True`` for those that timm or torchvision bring, which they download.
         in_chans: channels; the first convolution's weights are summed or shared out.
 
     Raises:
-        ValueError: an unknown source or network, one whose last layer is not found, or weights that
-            do not fit.
+        ValueError: an unknown source or network, one for clips, boxes or masks, one whose last layer
+            is not found, or weights that do not fit.
         FileNotFoundError: ``pretrained`` names nothing that exists.
         ImportError: the source is not installed; the sentence says how to install it.
     """
@@ -72,11 +77,22 @@ def image_features(
     models = require("torchvision.models", extra="vision", distribution="torchvision", pinned=True)
     if model.lower() not in models.list_models():
         raise ValueError(f"backbone {name!r} is no network that torchvision has")
+    # the others take clips or pairs, or give boxes and masks and fetch weights for a part of theirs
+    rooms = (models, models.quantization)
+    if not any(model.lower() in models.list_models(module=room) for room in rooms):
+        raise ValueError(
+            "a backbone of torchvision must be a network that classifies images, one of "
+            f"torchvision.models.list_models(module=torchvision.models), got {name!r}"
+        )
     net = models.get_model(model, weights="DEFAULT" if brought else None)
+    for side in _SIDE_CLASSIFIERS:
+        if hasattr(net, side):  # in training they would make the output a tuple
+            setattr(net, side, None)
+            net.aux_logits = False
     classifier, dim = _cut_classifier(net, name)
     _set_input_channels(net, in_chans)
     if weights is not None:
-        _load(net, weights, classifier)
+        _load(net, weights, (classifier, *_SIDE_CLASSIFIERS))
     return net, dim
 
 
@@ -254,8 +270,9 @@ class TwoStream(nn.Module):
         images = x.transpose(1, 2).flatten(0, 1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = net(images)
-        if features.ndim != 2:
-            raise ValueError(f"the backbone must give (N, D), got {tuple(features.shape)}")
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"the backbone must give (N, D), got {got}")
         return cast(Tensor, features.unflatten(0, (x.shape[0], -1)))
 
     def forward_features(self, x: Tensor, flow: Tensor | None = None) -> Tensor:

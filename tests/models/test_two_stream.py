@@ -11,6 +11,7 @@ from stvision.layers import TSLSTM, TemporalInception
 from stvision.models.backbones import create_backbone
 from stvision.models.two_stream import TWO_STREAM_MODELS, TwoStream, image_features, stack_flow
 from stvision.models.weights import adapt_input_channels
+from stvision.optional import mend_torchvision
 
 
 class Pool(nn.Module):
@@ -146,6 +147,87 @@ def test_backbones_of_torchvision(name: str) -> None:
         assert wide.eval()(torch.randn(1, 20, 40, 40)).shape == (1, dim)
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3", "quantized_googlenet"])
+def test_classifiers_in_the_middle_are_left_out(name: str, tmp_path: Path) -> None:
+    """Features are those before the last layer in training too, also from a file that has them all."""
+    mend_torchvision()
+    models = pytest.importorskip("torchvision.models", reason="torchvision is missing")
+    torch.manual_seed(0)
+    full = models.get_model(name, init_weights=False, aux_logits=True, num_classes=7)
+    torch.save(full.state_dict(), tmp_path / "image.pth")
+    assert any(key.split(".")[0] in {"aux1", "AuxLogits"} for key in full.state_dict())
+    options = {"backbone": f"torchvision:{name}", "frames": 3, "num_classes": 5, "hidden": 8}
+    made: Any = create_backbone(
+        "two_stream_ts_lstm", tmp_path / "image.pth", frozen=False, **options
+    ).train()
+    assert not any("aux" in key.lower() for key in made.state_dict())
+    for net in (made.backbone, full):  # what training draws and counts is not compared
+        for module in net.modules():
+            if isinstance(module, nn.Dropout | nn.BatchNorm2d):
+                module.eval()
+    size = 64 if "google" in name else 96
+    x = torch.randn(1, 3, 3, size, size)
+    with torch.no_grad():
+        full.eval()
+        last = [m for m in full.children() if isinstance(m, nn.Linear)][-1]
+        wanted = full(x[0].transpose(0, 1))
+        assert torch.allclose(last(made.forward_features(x)[0]), wanted, atol=1e-5)
+    made.train()
+    made(torch.cat([x, x.flip(-1)])).square().sum().backward()
+    assert all(p.grad is not None for p in made.parameters())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fcn_resnet50",
+        "lraspp_mobilenet_v3_large",
+        "fasterrcnn_resnet50_fpn",
+        "ssd300_vgg16",
+        "raft_small",
+        "r3d_18",
+        "swin3d_t",
+        "R3D_18",
+    ],
+)
+def test_networks_for_clips_boxes_and_masks_are_one_sentence(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mend_torchvision()
+    pytest.importorskip("torchvision.models", reason="torchvision is missing")
+    fetched: list[object] = []
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", fetched.append)
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *a, **k: fetched.append(a))
+    message = (
+        "a backbone of torchvision must be a network that classifies images, one of "
+        rf"torchvision.models.list_models\(.*\), got 'torchvision:{name}'"
+    )
+    for flow in (False, True):
+        places = {"flow_backbone": f"torchvision:{name}"} if flow else {}
+        backbone = "stvision:convs5_small" if flow else f"torchvision:{name}"
+        with pytest.raises(ValueError, match=message):
+            create_backbone("two_stream_ts_lstm", frames=3, backbone=backbone, **places)
+    assert not fetched
+
+
+def test_networks_of_torchvision_fetch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    mend_torchvision()
+    models = pytest.importorskip("torchvision.models", reason="torchvision is missing")
+
+    def fetch(*_: object, **__: object) -> None:
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", fetch)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    # those that can be built without numbers and end in a linear layer
+    others = ["squeezenet*", "googlenet", "inception*", "regnet*"]
+    with torch.device("meta"):
+        for name in models.list_models(module=models, exclude=others):
+            assert image_features(f"torchvision:{name}")[1] > 0
+    with pytest.raises(AssertionError, match="fetched"):  # where it was asked for
+        image_features("torchvision:alexnet", True)
+
+
 def peer(source: str) -> tuple[str, nn.Module, Any]:
     """Name of a backbone, a network of it with a classifier, and its pooled features of images."""
     torch.manual_seed(0)
@@ -264,12 +346,20 @@ def test_compiles_and_autocasts(head: str) -> None:
 
 def test_bad_input() -> None:
     net, (x, flow) = model(), clips()
+
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.mean((2, 3)), x
+
+    pairs, maps = (TwoStream(made, num_classes=5, dim=3) for made in (Pair(), nn.Identity()))
     calls = [
         (lambda: net(x), "this model needs flow"),
         (lambda: model(flow=False)(x, flow), "this model takes no flow"),
         (lambda: net(x[:, :2], flow), r"x must be \(B, 3, T, H, W\)"),
         (lambda: net(x, flow[:, :, :9]), "one batch and number of frames"),
         (lambda: net.predict([]), "clips must not be empty"),
+        (lambda: pairs(x), r"the backbone must give \(N, D\), got tuple"),
+        (lambda: maps(x), r"the backbone must give \(N, D\), got \(50, 3, 6, 5\)"),
         (lambda: TwoStream(Pool(3, 4)), "dim must be the backbones' features"),
         (lambda: TwoStream(Pool(3, 4), "lstm", dim=4), "head must be one of .*ts-lstm"),
         (lambda: image_features("resnet18"), "backbone must be one of stvision:NAME"),
