@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvision.attention.dispatch import dispatch_attention
-from stvision.attention.volume import check_volume
 from stvision.attention.windows import WindowLayout
+from stvision.layers.checks import check_volume
 
 
 def channel_group_attention(

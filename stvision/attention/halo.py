@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvision.kernels.neighborhood import na3d
+from stvision.layers.checks import check_choice, check_volume
 from stvision.layers.vision import per_frame
 
 IMPLEMENTATIONS = ("neighborhood", "windows")
@@ -441,10 +442,7 @@ def _chosen(
         scores = math.prod(query.shape[:5]) * axes[1].window * axes[2].window
         small = scores <= MOST_SCORES and _frames_alone(axes, mask_border)
         return "windows" if small and backend is None else "neighborhood"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be 'neighborhood' or 'windows', got {implementation!r}"
-        )
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
     return implementation
 
 
@@ -525,6 +523,7 @@ class HaloAttention(nn.Module):
                 "qk_ratio must be above 0 and dim_head None or at least 1, got "
                 f"{qk_ratio} and {dim_head}"
             )
+        check_choice("implementation", implementation, IMPLEMENTATIONS)
         self.dim, self.num_heads = dim, num_heads
         self.block = (block_frames, block_size, block_size)
         self.halo = (halo_frames, halo_size, halo_size)
@@ -553,8 +552,7 @@ class HaloAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, H, W, C) to (B, T, H / stride, W / stride, dim_out), rounded up."""
-        if x.ndim != 5 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must be (B, T, H, W, {self.dim}), got {tuple(x.shape)}")
+        check_volume(x, self.dim)
         heads, size, grid = self.num_heads, self.head_qk, x.shape[:4]
         # linear layers of rows record no views of their own, and share a copy of other orders
         rows = x.reshape(-1, self.dim)

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stvision.attention.volume import check_volume
 from stvision.kernels.neighborhood.choice import interpreted
+from stvision.layers.checks import check_choice, check_volume, check_whole
 from stvision.layers.vision import DepthwiseConv
 
 #: elements of the largest tensor that the path "blocked" makes at once: scores, and copies of keys
@@ -29,8 +29,9 @@ from stvision.layers.vision import DepthwiseConv
 CHUNK_ELEMENTS = 1 << 24
 CPU_CHUNK_ELEMENTS = 1 << 20
 
-#: Where the Triton kernels cannot run. What FlexAttention and the gather took on one H100 (torch 2.11, bfloat16, batch 16, 4 heads of 32
-#: numbers, topk 4, forward and backward), by tokens of a region and number of regions:
+#: Where the Triton kernels cannot run: what FlexAttention and the gather took on one H100 (torch 2.11,
+#: bfloat16, batch 16, 4 heads of 32 numbers, topk 4, forward and backward), by tokens of a region and
+#: number of regions:
 #:      64 tokens,  49 regions:  4.73 and  2.54 ms, 187 and  516 MiB
 #:     256 tokens,  49 regions:  6.43 and 14.74 ms, 740 and 6762 MiB
 #:      16 tokens, 784 regions: 18.59 and  6.84 ms, 752 and 1302 MiB
@@ -688,22 +689,23 @@ def bilevel_routing_attention(
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
     grid = cast(tuple[int, int, int], tuple(query.shape[1:4]))
-    if len(region) != 3 or min(region) < 1:
-        raise ValueError(f"region must be frames, rows and columns of at least 1, got {region}")
+    if len(region) != 3 or any(isinstance(n, float) for n in region) or min(region) < 1:
+        raise ValueError(
+            "region must be frames, rows and columns, whole numbers of at least 1, "
+            f"got {tuple(region)}"
+        )
     layout = RegionLayout(grid, cast(tuple[int, int, int], tuple(map(min, region, grid))))
     count = math.prod(layout.counts)
-    if not 1 <= topk <= count:
-        raise ValueError(f"topk must lie between 1 and the {count} regions there are, got {topk}")
+    if isinstance(topk, float) or not 1 <= topk <= count:
+        raise ValueError(
+            f"topk must be a whole number from 1 to the {count} regions there are, got {topk}"
+        )
     if padding not in {"masked", "zeros"}:
         raise ValueError(f"padding must be 'masked' or 'zeros', got {padding!r}")
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if implementation is None:
         implementation = _choose(query, key, value, layout, topk, needs_grad)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
-            f"got {implementation!r}"
-        )
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
     why = None
     if implementation == "flex":
         why = _why_not_flex(query, needs_grad)
@@ -711,6 +713,8 @@ def bilevel_routing_attention(
         why = why_not_triton(query, key, value)
     if why is not None:
         raise ValueError(f"implementation {implementation!r} cannot run this: {why}")
+    if query.shape[0] == 0:  # an empty batch, of which no kernel has to know
+        implementation = "gather"
     scale = math.prod(query.shape[-2:]) ** -0.5 if scale is None else scale
 
     if implementation == "triton":
@@ -768,12 +772,12 @@ class BiLevelRoutingAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim {dim}, got {num_heads}")
-        if min(n_win, topk) < 1:
-            raise ValueError(f"n_win and topk must be at least 1, got {n_win} and {topk}")
-        if region_frames is not None and region_frames < 1:
-            raise ValueError(f"region_frames must be None (all) or at least 1, got {region_frames}")
+        check_whole(1, n_win=n_win, topk=topk)
+        if region_frames is not None:
+            check_whole(1, region_frames=region_frames)
         if flavour not in {"nchw", "legacy", "masked"}:
             raise ValueError(f"flavour must be 'nchw', 'legacy' or 'masked', got {flavour!r}")
+        check_choice("implementation", implementation, IMPLEMENTATIONS)
         self.dim, self.num_heads, self.n_win, self.topk = dim, num_heads, n_win, topk
         self.region_frames, self.flavour = region_frames, flavour
         self.implementation = implementation

@@ -10,10 +10,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from stvision.attention.volume import AttentionProjections, check_volume
+from stvision.attention.volume import AttentionProjections
 from stvision.attention.windows import whole_and_rest, window_attention
+from stvision.layers.checks import check_volume
 from stvision.layers.feed_forward import GatedFeedForward
-from stvision.layers.frames import group_norm_volume
+from stvision.layers.frames import GroupNorm, group_norm_volume
 
 Branch = Literal["temporal", "spatial"]
 #: frames, rows and columns of a window; None for all frames
@@ -213,8 +214,8 @@ class SwapAttention(nn.Module):
         if norm_num_groups < 1 or dim % norm_num_groups:
             raise ValueError(f"norm_num_groups must divide dim {dim}, got {norm_num_groups}")
         self.query = query
-        self.norm_q = nn.GroupNorm(norm_num_groups, dim, eps=1e-6)
-        self.norm_kv = nn.GroupNorm(norm_num_groups, dim, eps=1e-6)
+        self.norm_q = GroupNorm(norm_num_groups, dim, eps=1e-6)
+        self.norm_kv = GroupNorm(norm_num_groups, dim, eps=1e-6)
         self.proj_q = nn.Linear(dim, dim)
         self.proj_kv = nn.Linear(dim, dim)
         self.block = SwapBlock(

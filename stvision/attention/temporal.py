@@ -1,12 +1,15 @@
 """Attention over the frames of each pixel, with rotary positions in frames or in seconds."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stvision.attention.volume import VolumeAttention, check_volume
+from stvision.attention.volume import VolumeAttention
 from stvision.attention.windows import WindowLayout, window_attention
+from stvision.layers.checks import check_volume, may_read
 from stvision.layers.rotary import apply_rotary, rotary_table, rotary_table_at
 
 
@@ -17,7 +20,7 @@ def _check_unit(unit: float) -> None:
 
 def rotary_positions(
     shape: torch.Size | tuple[int, ...],
-    times: Tensor | None,
+    times: Tensor | Sequence[Any] | None,
     fps: float | None,
     unit: float,
     device: torch.device,
@@ -26,7 +29,8 @@ def rotary_positions(
 
     Args:
         shape: begins with (B, T).
-        times: (T,) or (B, T), seconds; ``None`` for ``fps`` or frame numbers.
+        times: (T,) or (B, T), finite seconds, a tensor or lists of numbers; ``None`` for ``fps`` or
+            frame numbers. Numbers on a GPU are not looked at.
         fps: frames a second, for frames at equal distances.
         unit: seconds that count as one position.
         device: where the positions are wanted.
@@ -43,10 +47,19 @@ def rotary_positions(
     wide = torch.float32 if device.type == "mps" else torch.float64
     batch, frames = shape[:2]
     if times is not None:
+        if not isinstance(times, Tensor):
+            try:
+                times = torch.tensor(times, dtype=wide)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"times must be a tensor or equally long lists of numbers, got {times!r}"
+                ) from error
         if tuple(times.shape) not in {(frames,), (batch, frames)}:
             raise ValueError(
                 f"times must be ({frames},) or ({batch}, {frames}), got {tuple(times.shape)}"
             )
+        if may_read(times) and not times.isfinite().all():
+            raise ValueError(f"times must be finite seconds, got {times.tolist()}")
         return times.to(device=device, dtype=wide) / unit
     if fps is None:
         return None
@@ -60,7 +73,7 @@ def temporal_attention(
     key: Tensor,
     value: Tensor,
     *,
-    times: Tensor | None = None,
+    times: Tensor | Sequence[Any] | None = None,
     fps: float | None = None,
     rotary_dim: int = 32,
     rotary_unit: float = 1.0,
@@ -78,7 +91,8 @@ def temporal_attention(
         query: (B, T, H, W, heads, head_dim), any floating dtype.
         key: like ``query``.
         value: like ``query``.
-        times: (T,) or (B, T), seconds of the frames; ``None`` for ``fps`` or frame numbers.
+        times: (T,) or (B, T), finite seconds of the frames, a tensor or lists of numbers; ``None``
+            for ``fps`` or frame numbers.
         fps: frames a second, for frames at equal distances.
         rotary_dim: rotated channels of a head, at most head_dim is used; 0 for none.
         rotary_unit: seconds that count as one position; with one frame a unit, seconds and frame
@@ -156,12 +170,18 @@ class TemporalAttention(VolumeAttention):
         table = self.rotary_emb.table(frames, like)[:, None, None]
         return table.expand(-1, height, width, -1, -1)
 
-    def forward(self, x: Tensor, times: Tensor | None = None, fps: float | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        times: Tensor | Sequence[Any] | None = None,
+        fps: float | None = None,
+    ) -> Tensor:
         """Attend over the frames.
 
         Args:
             x: (B, T, H, W, C), any floating dtype.
-            times: (T,) or (B, T), seconds of the frames; ``None`` for ``fps`` or frame numbers.
+            times: (T,) or (B, T), finite seconds of the frames, a tensor or lists of numbers;
+                ``None`` for ``fps`` or frame numbers.
             fps: frames a second, for frames at equal distances.
 
         Returns:

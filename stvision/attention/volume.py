@@ -4,16 +4,8 @@ from torch import Tensor, nn
 
 from stvision.attention.dispatch import check_backend, dispatch_attention
 from stvision.attention.windows import WindowLayout, window_attention
+from stvision.layers.checks import check_volume, check_whole
 from stvision.layers.rotary import RotaryEmbedding, apply_rotary
-
-
-def check_volume(x: Tensor, dim: int, name: str = "x") -> None:
-    """ValueError unless ``x`` is (B, T, H, W, dim) with tokens in it."""
-    if x.ndim != 5 or x.shape[-1] != dim or 0 in x.shape[1:4]:
-        raise ValueError(
-            f"{name} must be (B, T, H, W, {dim}) with at least one frame, row and column, "
-            f"got {tuple(x.shape)}"
-        )
 
 
 class AttentionProjections(nn.Module):
@@ -72,6 +64,7 @@ class VolumeAttention(AttentionProjections):
         backend: str | None = None,
     ) -> None:
         super().__init__(dim, heads, backend=backend)
+        check_whole(0, rotary_dim=rotary_dim)
         self.causal = causal
         rotated = min(rotary_dim, self.head_dim) // 2 * 2
         self.rotary_emb = RotaryEmbedding(rotated) if rotated else None

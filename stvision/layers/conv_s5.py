@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stvision.layers.checks import check_volume
+from stvision.layers.frames import GroupNorm
 from stvision.layers.linear_scan import check_implementation, linear_scan
 from stvision.layers.pairs import as_complex, divide, exp, multiply
 from stvision.layers.state_space import hippo_legs
@@ -137,10 +139,7 @@ class ConvSSM(nn.Module):
         Raises:
             ValueError: another shape.
         """
-        if u.ndim != 5 or u.shape[-1] != self.dim or u.shape[1] < 1:
-            raise ValueError(
-                f"u must be (B, T, H, W, {self.dim}) with T at least 1, got {tuple(u.shape)}"
-            )
+        check_volume(u, self.dim, "u")
         pad = self.kernel_size // 2
         with torch.autocast(u.device.type, enabled=False):
             a, b, c = self._system()
@@ -169,9 +168,9 @@ class _Resnet(nn.Module):
     def __init__(self, dim: int, kernel_size: int, groups: int) -> None:
         super().__init__()
         pad = kernel_size // 2
-        self.norm1 = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.norm1 = GroupNorm(groups, dim, eps=1e-6)
         self.conv1 = nn.Conv2d(dim, dim, kernel_size, padding=pad)
-        self.norm2 = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.norm2 = GroupNorm(groups, dim, eps=1e-6)
         self.conv2 = nn.Conv2d(dim, dim, kernel_size, padding=pad)
 
     def _image(self, x: Tensor) -> Tensor:
@@ -188,7 +187,7 @@ class _Standard(nn.Module):
     def __init__(self, dim: int, kernel_size: int, groups: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2)
-        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.norm = GroupNorm(groups, dim, eps=1e-6)
 
     def forward(self, y: Tensor, u: Tensor) -> Tensor:
         return per_frame(lambda x: _gelu(self.norm(x)), y + per_frame(self.conv, u))
@@ -215,7 +214,7 @@ class ConvS5(nn.Module):
         kernel_size: rows and columns of all convolutions, odd.
         readout: ``"resnet"`` (all released models; no direct path from the input), ``"standard"``
             or ``"half_glu"``.
-        groups: of the group norms; must divide ``dim``.
+        groups: of the group norms, which "half_glu" has none of; must divide ``dim``.
         dropout: chance to drop a value of a pixel and channel in all frames.
         prenorm: normalise what goes into the layer instead of what comes out.
         options: ``blocks``, ``clip_eigs``, ``dt_min``, ``dt_max`` and ``implementation`` of
@@ -239,7 +238,7 @@ class ConvS5(nn.Module):
         super().__init__()
         if readout not in READOUTS:
             raise ValueError(f"readout must be one of {', '.join(READOUTS)}, got {readout!r}")
-        if groups < 1 or dim % groups:
+        if readout != "half_glu" and (groups < 1 or dim % groups):
             raise ValueError(f"groups must divide dim {dim}, got {groups}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")

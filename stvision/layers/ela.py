@@ -10,6 +10,10 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stvision.layers.checks import check_whole
+from stvision.layers.frames import group_norm
+from stvision.layers.light_attention import from_clip, to_clip
+
 #: variant -> taps of the convolution, channels that share a group of it, groups of the norm
 ELA_VARIANTS: dict[str, tuple[int, int, int]] = {
     "tiny": (5, 1, 32),
@@ -47,10 +51,10 @@ def directional_gate(
     pad = (taps - 1, 0) if causal else (taps // 2, taps // 2)
     mixed = F.conv1d(F.pad(sequence, pad), weight, groups=groups)
     if not causal:
-        return F.group_norm(mixed, norm_groups, norm_weight, norm_bias).sigmoid()
+        return group_norm(mixed, norm_groups, norm_weight, norm_bias).sigmoid()
     length = mixed.shape[2]
     places = mixed.transpose(1, 2).flatten(0, 1)  # each place a sample of its own
-    normed = F.group_norm(places, norm_groups, norm_weight, norm_bias)
+    normed = group_norm(places, norm_groups, norm_weight, norm_bias)
     return normed.unflatten(0, (-1, length)).transpose(1, 2).sigmoid()
 
 
@@ -87,7 +91,8 @@ class EfficientLocalAttention(nn.Module):
                 f"variant must be one of {', '.join(map(repr, ELA_VARIANTS))}, got {variant!r}"
             )
         taps, together, groups = ELA_VARIANTS[variant]
-        if dim < 1 or dim % together:
+        check_whole(1, dim=dim)
+        if dim % together:
             raise ValueError(f"dim must be a multiple of {together} for {variant!r}, got {dim}")
         if causal and not over_time:
             raise ValueError("causal=True needs over_time=True: single frames have no order")
@@ -119,25 +124,13 @@ class EfficientLocalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate a grid of the shape that the arguments say; the output has the same shape."""
-        shape = x.shape
-        if not self.channels_last and x.ndim in (4, 5):
-            x = x.unsqueeze(2) if x.ndim == 4 else x
-            x = x.permute(0, 2, 3, 4, 1)
-        if x.ndim != 5 or x.shape[-1] != self.dim:
-            wanted = (
-                f"(B, T, H, W, {self.dim})"
-                if self.channels_last
-                else f"(B, {self.dim}, H, W) or (B, {self.dim}, T, H, W)"
-            )
-            raise ValueError(f"x must be {wanted}, got {tuple(shape)}")
+        grid = to_clip(x, self.dim, self.channels_last)
         pooled = self.over_time and not self.causal
-        out = x * self._gate(x, 2, (1, 3) if pooled else (3,))
-        out = out * self._gate(x, 3, (1, 2) if pooled else (2,))
+        out = grid * self._gate(grid, 2, (1, 3) if pooled else (3,))
+        out = out * self._gate(grid, 3, (1, 2) if pooled else (2,))
         if self.over_time:
-            out = out * self._gate(x, 1, (2, 3), self.causal)
-        if self.channels_last:
-            return out
-        return out.permute(0, 4, 1, 2, 3).reshape(shape)
+            out = out * self._gate(grid, 1, (2, 3), self.causal)
+        return from_clip(out, x, self.channels_last)
 
     def extra_repr(self) -> str:
         return f"variant={self.variant!r}, over_time={self.over_time}, causal={self.causal}"

@@ -9,6 +9,35 @@ def is_channels_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) == 1
 
 
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Group norm that also takes groups of a single number, which torch's refuses.
+
+    Args:
+        x: (N, C, ...).
+        groups: of channels that share statistics; divides C.
+        weight: (C,), ``None`` for ones.
+        bias: (C,), ``None`` for zeros.
+        eps: added to variances.
+
+    Returns:
+        Tensor like ``x``; a number alone in its group lies at its mean, so the bias comes out.
+    """
+    return torch.group_norm(x, groups, weight, bias, eps, torch.backends.cudnn.enabled)
+
+
+class GroupNorm(nn.GroupNorm):
+    """:func:`group_norm` with the arguments and keys of torch's module."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def group_norm_volume(norm: nn.GroupNorm, x: Tensor, frames: int, norm_frames: int) -> Tensor:
     """Apply ``norm`` and show the result as a volume with channels last.
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stvision.layers.checks import check_volume
+
 KINDS = ("channel", "spatial", "both")
 SQUEEZES = ("conv", "mlp")
 FORMS = ("residual", "sigmoid")
@@ -79,16 +81,18 @@ def to_clip(x: Tensor, dim: int, channels_last: bool) -> Tensor:
         channels_last: which of the two.
 
     Raises:
-        ValueError: another shape.
+        ValueError: another shape, or no place in it.
     """
     grid = x
     if not channels_last and x.ndim in (4, 5):
         grid = (x.unsqueeze(2) if x.ndim == 4 else x).permute(0, 2, 3, 4, 1)
-    if grid.ndim != 5 or grid.shape[-1] != dim:
-        wanted = (
-            f"(B, T, H, W, {dim})" if channels_last else f"(B, {dim}, H, W) or (B, {dim}, T, H, W)"
+    if channels_last:
+        check_volume(x, dim)
+    elif grid.ndim != 5 or grid.shape[-1] != dim or 0 in grid.shape[1:4]:
+        raise ValueError(
+            f"x must be (B, {dim}, H, W) or (B, {dim}, T, H, W) with at least one frame, row and "
+            f"column, got {tuple(x.shape)}"
         )
-        raise ValueError(f"x must be {wanted}, got {tuple(x.shape)}")
     return grid
 
 

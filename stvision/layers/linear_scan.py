@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stvision.layers.checks import check_choice
 from stvision.layers.pairs import as_complex, multiply
 
 IMPLEMENTATIONS = ("triton", "blocked")
@@ -189,8 +190,4 @@ def linear_scan(
 
 def check_implementation(implementation: str | None) -> None:
     """ValueError when it is neither ``None`` nor one of :data:`IMPLEMENTATIONS`."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
-            f"got {implementation!r}"
-        )
+    check_choice("implementation", implementation, IMPLEMENTATIONS)

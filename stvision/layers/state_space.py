@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stvision.layers.checks import check_volume
 from stvision.layers.pairs import divide, irfft, multiply, rfft
 
 P = ParamSpec("P")
@@ -71,6 +72,8 @@ def causal_convolution(u: Tensor, kernel: Tensor) -> Tensor:
         (..., C, L).
     """
     length = u.shape[-1]
+    if u.numel() == 0:  # transforms refuse an empty batch; the gradient of the kernel is zero
+        return u * kernel[..., :length]
     spectrum = multiply(rfft(u, 2 * length), rfft(kernel[..., :length], 2 * length))
     return irfft(spectrum, 2 * length)[..., :length]
 
@@ -318,9 +321,11 @@ class S4(nn.Module):
         return self.output_linear(y.mT.to(dtype))
 
     def _sequence(self, x: Tensor) -> Tensor:
-        if x.ndim not in (3, 5) or x.shape[-1] != self.dim or x[..., 0].numel() == 0:
+        if x.ndim == 5:
+            check_volume(x, self.dim)
+        elif x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] == 0:
             raise ValueError(
-                f"x must be (B, L, {self.dim}) or (B, T, H, W, {self.dim}) and not empty, "
+                f"x must be (B, L, {self.dim}) with L at least 1 or (B, T, H, W, {self.dim}), "
                 f"got {tuple(x.shape)}"
             )
         return x.flatten(1, -2).mT.to(torch.promote_types(self.w.dtype, torch.float32))

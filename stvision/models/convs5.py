@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvision.layers.conv_s5 import ConvS5
+from stvision.layers.frames import GroupNorm
 from stvision.layers.vision import per_frame
 from stvision.models.surface import Backbone, Head, Stage
 from stvision.models.weights import load_backbone, read_weights
@@ -38,9 +39,9 @@ class FrameBlock(nn.Module):
         super().__init__()
         if groups < 1 or in_dim % groups or dim % groups:
             raise ValueError(f"groups must divide {in_dim} and {dim} channels, got {groups}")
-        self.norm1 = nn.GroupNorm(groups, in_dim, eps=1e-6)
+        self.norm1 = GroupNorm(groups, in_dim, eps=1e-6)
         self.conv1 = nn.Conv2d(in_dim, dim, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.norm2 = GroupNorm(groups, dim, eps=1e-6)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
         self.skip = nn.Conv2d(in_dim, dim, 1, bias=False) if in_dim != dim else nn.Identity()
 

@@ -28,6 +28,37 @@ def test_samples_of_a_batch_do_not_meet(name: str, grid: tuple[int, int, int]) -
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
+def test_an_empty_batch_runs_and_an_empty_volume_is_refused(name: str) -> None:
+    torch.manual_seed(0)
+    module = ATTENTIONS[name](16, 2, **OPTIONS.get(name, {}))
+    x = torch.zeros(0, 3, 5, 7, 16, requires_grad=True)
+    out = module(x)
+    out.sum().backward()
+    assert out.shape == x.shape and x.grad is not None and x.grad.shape == x.shape
+    assert all(p.grad is None or not p.grad.any() for p in module.parameters())
+    for shape in ((2, 0, 5, 7, 16), (2, 3, 0, 7, 16), (2, 3, 5, 0, 16), (2, 5, 7, 16)):
+        with pytest.raises(ValueError) as caught:
+            module(torch.zeros(shape))
+        assert str(caught.value) == (
+            f"x must be (B, T, H, W, 16) with at least one frame, row and column, got {shape}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "known"),
+    [
+        ("routing", "implementation", "'triton', 'flex', 'blocked', 'gather'"),
+        ("halo", "implementation", "'neighborhood', 'windows'"),
+        ("neighborhood", "kernel", "'sdpa', 'triton', 'flex', 'blocked', 'reference'"),
+    ],
+)
+def test_a_misspelt_implementation_is_refused_at_once(name: str, option: str, known: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        ATTENTIONS[name](16, 2, **{option: "fast"})
+    assert str(caught.value) == f"{option} must be None or one of {known}, got 'fast'"
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
 def test_a_temporal_transformer_takes_every_name(name: str) -> None:
     torch.manual_seed(0)
     block = TemporalTransformer(

@@ -288,7 +288,7 @@ def test_gradients_compile_and_half_precision(name: str, stride: int, halo_frame
         ({"halo": (0, -1, 1)}, "halo of at least 0"),
         ({"stride": 3}, r"stride must divide the block's \(2, 2\) rows and columns, got 3"),
         ({"stride": 2}, r"query must be \(2, 1, 2, 2, 2, 4\) beside these keys"),
-        ({"implementation": "fast"}, "'neighborhood' or 'windows', got 'fast'"),
+        ({"implementation": "fast"}, "one of 'neighborhood', 'windows', got 'fast'"),
         ({"tables": (None, torch.zeros(5, 4), None)}, r"the table of rows must be \(7, 4\)"),
     ],
 )

@@ -357,8 +357,10 @@ def test_flavours_agree_where_windows_divide_and_differ_where_not() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"region": (1, 0, 2)}, "region must be frames, rows and columns of at least 1"),
-        ({"topk": 5}, "topk must lie between 1 and the 4 regions there are, got 5"),
+        ({"region": (1, 0, 2)}, r"rows and columns, whole numbers of at least 1, got \(1, 0, 2\)"),
+        ({"region": (1, 2.0, 2)}, r"region must be .*, whole numbers .*, got \(1, 2.0, 2\)"),
+        ({"topk": 5}, "topk must be a whole number from 1 to the 4 regions there are, got 5"),
+        ({"topk": 1.5}, "topk must be a whole number from 1 to the 4 .*, got 1.5"),
         ({"topk": 0}, "got 0"),
         ({"padding": "none"}, "padding must be 'masked' or 'zeros', got 'none'"),
         ({"implementation": "fast"}, "one of 'triton', 'flex', 'blocked', 'gather', got"),
@@ -380,8 +382,10 @@ def test_bad_shapes_and_modules_are_named() -> None:
         )
     for options, message in (
         ({"num_heads": 3}, "num_heads must divide dim 8, got 3"),
-        ({"topk": 0}, "n_win and topk must be at least 1"),
-        ({"region_frames": 0}, "region_frames must be None"),
+        ({"topk": 0}, "topk must be a whole number of at least 1, got 0"),
+        ({"topk": 2.5}, "topk must be a whole number of at least 1, got 2.5"),
+        ({"n_win": 0}, "n_win must be a whole number of at least 1, got 0"),
+        ({"region_frames": 0}, "region_frames must be a whole number of at least 1, got 0"),
         ({"flavour": "old"}, "flavour must be"),
         ({"lepe_kernel": 4}, "kernel_size must be odd"),
     ):

@@ -281,6 +281,21 @@ def test_frame_convolution_is_the_library_one():
         FrameConv(6, 4, 2)
 
 
+def test_one_voxel_is_that_of_a_batch_of_two():
+    """Groups of a single number are their norm's bias, whatever the batch."""
+    module = shaken(SwapAttention(8, 2, norm_num_groups=8).double())
+    spatial, temporal = volumes(2, 2, 1, 1, 1, 8)
+    both = module(spatial, temporal)
+    one = module(spatial[:1], temporal[:1])
+    torch.testing.assert_close(one, both[:1])
+    bias = [module.norm_q.bias, module.norm_kv.bias]
+    u_q, u_kv = (p(b) for p, b in zip((module.proj_q, module.proj_kv), bias, strict=True))
+    update = module.proj_out(module.block(*(u.expand(1, 1, 1, 1, 8) for u in (u_q, u_kv))))
+    torch.testing.assert_close(one, spatial[:1] + temporal[:1] + update)
+    empty = module(spatial[:0], temporal[:0])
+    assert empty.shape == (0, 1, 1, 1, 8)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -115,6 +115,8 @@ def test_module_in_seconds_and_in_frames(causal: bool) -> None:
     frames = module(x)
     assert (module(x, torch.arange(5) * 0.25) - frames).abs().max() < 1e-12
     assert (module(x, fps=4.0) - frames).abs().max() < 1e-12
+    assert torch.equal(module(x, TIMES.tolist()), module(x, TIMES))
+    assert torch.equal(module(x, tuple(TIMES[0].tolist())), module(x, TIMES[0]))
     q, k, v = (module.split_heads(to(x)) for to in (module.to_q, module.to_k, module.to_v))
     wanted = module.to_out[0](written_out(q, k, v, TIMES / 0.25, 8, causal).flatten(-2))
     assert (module(x, TIMES) - wanted).abs().max() < 1e-12
@@ -167,6 +169,11 @@ def test_bad_input() -> None:
         (lambda: temporal_attention(q, k, v, times=TIMES, fps=2.0), "times or fps, not both"),
         (lambda: module(x, TIMES[:, :4]), r"times must be \(5,\) or \(2, 5\), got \(2, 4\)"),
         (lambda: module(x, torch.zeros(5, 2)), r"times must be \(5,\) or \(2, 5\), got \(5, 2\)"),
+        (lambda: module(x, [0.0, 1.0]), r"times must be \(5,\) or \(2, 5\), got \(2,\)"),
+        (lambda: module(x, [0.0, "b"]), r"times must be a tensor or equally long lists of numbers"),
+        (lambda: module(x, [[0.0, 1.0], [1.0]]), "equally long lists of numbers, got"),
+        (lambda: module(x, [0, 1, 2, 3, math.nan]), "times must be finite seconds, got .*nan"),
+        (lambda: module(x, TIMES / 0), "times must be finite seconds, got .*inf"),
         (lambda: module(x, fps=0.0), "fps must be a number above 0, got 0.0"),
         (lambda: module(x[0], TIMES), r"x must be \(B, T, H, W, 24\)"),
         (lambda: TemporalAttention(24, 2, rotary_unit=0.0), "rotary_unit must be a number"),

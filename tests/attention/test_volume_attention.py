@@ -249,6 +249,8 @@ def test_bad_module_arguments() -> None:
         SeerWindowAttention(10, 3)
     with pytest.raises(ValueError, match="window_size must be"):
         SeerWindowAttention(8, 2, window_size=0)
+    with pytest.raises(ValueError, match="rotary_dim must be a whole number of at least 0, got -4"):
+        SeerWindowAttention(8, 2, rotary_dim=-4)
     for name in ("seer-window", "full", "temporal", "neighborhood"):
         for shape in ((2, 3, 8), (1, 2, 4, 4, 6), (1, 0, 4, 4, 8)):
             with pytest.raises(ValueError, match=r"x must be \(B, T, H, W, 8\) with at least one"):

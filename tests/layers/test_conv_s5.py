@@ -193,6 +193,7 @@ def test_dropout_is_one_for_all_frames() -> None:
         ({"kernel_size": 2}, "kernel_size must be odd"),
         ({"readout": "glu"}, "readout must be one of resnet, standard, half_glu, got 'glu'"),
         ({"groups": 3}, "groups must divide dim 4, got 3"),
+        ({"groups": 3, "readout": "standard"}, "groups must divide dim 4, got 3"),
         ({"dropout": -0.1}, "dropout must be at least 0"),
         ({"dt_min": 1.0, "dt_max": 0.1}, "dt_min must be above 0 and at most dt_max"),
     ],
@@ -200,6 +201,25 @@ def test_dropout_is_one_for_all_frames() -> None:
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ConvS5(**({"dim": 4, "groups": 2} | arguments))
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+def test_one_place_and_channel_a_group_is_that_of_a_larger_batch(readout: str) -> None:
+    """Of a single number the norm is its bias, in a batch of one as of two."""
+    made = ConvS5(4, 6, readout=readout, groups=4).double().eval()
+    for name, p in made.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(p)
+    x = clip(1, (1, 1))
+    assert (made(x[:1]) - made(x)[:1]).abs().max() < 1e-12
+
+
+def test_a_readout_without_group_norms_takes_any_channels() -> None:
+    made, x = ConvS5(5, 6, readout="half_glu").double().eval(), torch.randn(1, 3, 4, 4, 5).double()
+    y = made.ssm(x)[0]
+    gated = F.gelu(made.readout.norm(y), approximate="tanh")
+    wanted = made.norm(x + gated * made.readout.fc(gated).sigmoid())
+    assert (made(x) - wanted).abs().max() < 1e-12
 
 
 def test_bad_input() -> None:

@@ -160,7 +160,27 @@ def test_bad_input_gets_one_sentence() -> None:
         ValueError, match="two channels in each of the norm's 16 groups, got dim=16"
     ):
         EfficientLocalAttention(16, over_time=True, causal=True)
-    with pytest.raises(ValueError, match=r"x must be \(B, T, H, W, 16\), got"):
+    with pytest.raises(ValueError, match="dim must be a whole number of at least 1, got 0"):
+        EfficientLocalAttention(0)
+    with pytest.raises(
+        ValueError, match=r"x must be \(B, T, H, W, 16\) with .*, got \(1, 4, 4, 16"
+    ):
         made()(grid(1, 4, 4, 16))
-    with pytest.raises(ValueError, match=r"x must be \(B, 16, H, W\) or"):
-        made(channels_last=False)(grid(1, 4, 4, 16))
+    for shape in ((1, 4, 4, 16), (1, 16, 4, 0), (1, 16, 0, 4, 4)):
+        with pytest.raises(ValueError, match=r"x must be \(B, 16, H, W\) or .* at least one frame"):
+            made(channels_last=False)(grid(*shape))
+
+
+def test_a_norm_of_single_numbers_leaves_its_bias() -> None:
+    module = made("tiny", 32, over_time=True)
+    x = grid(1, 1, 4, 5, 32).requires_grad_()
+    out = module(x)
+    rows = gate_by_hand(module, x[0, 0].mean(1).T)
+    columns = gate_by_hand(module, x[0, 0].mean(0).T)
+    frames = module.norm.bias.sigmoid()
+    wanted = x[0, 0] * rows.T[:, None] * columns.T * frames
+    assert (out[0, 0] - wanted).abs().max() < 1e-12
+    grads = [torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for y in (out, wanted)]
+    assert (grads[0] - grads[1]).abs().max() < 1e-10
+    one = made("tiny", 32)(grid(1, 1, 1, 1, 32))
+    assert (one - grid(1, 1, 1, 1, 32) * module.norm.bias.sigmoid() ** 2).abs().max() < 1e-12

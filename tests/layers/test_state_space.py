@@ -193,7 +193,9 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
 def test_bad_input() -> None:
     s4 = layer()
     for bad in (torch.zeros(2, 3), torch.zeros(2, 5, 4), torch.zeros(2, 0, 3)):
-        with pytest.raises(ValueError, match=r"x must be \(B, L, 3\) or \(B, T, H, W, 3\)"):
+        with pytest.raises(
+            ValueError, match=r"x must be \(B, L, 3\) with L at .* \(B, T, H, W, 3\)"
+        ):
             s4(bad)
     with pytest.raises(ValueError, match=r"state must be \(2, 3, 8\)"):
         s4.stream(tokens(3), torch.zeros(1, 3, 8))
