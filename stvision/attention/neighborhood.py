@@ -7,6 +7,8 @@ from torch import Tensor
 
 from stvision.attention.volume import VolumeAttention
 from stvision.attention.windows import WindowLayout
+from stvision.kernels.neighborhood.choice import BACKENDS
+from stvision.layers.checks import check_choice
 
 
 class NeighborhoodAttention(VolumeAttention):
@@ -43,6 +45,7 @@ class NeighborhoodAttention(VolumeAttention):
             raise ValueError(
                 f"kernel_size must be one or three numbers of at least 1, got {kernel_size}"
             )
+        check_choice("kernel", kernel, BACKENDS)
         self.kernel_size = size
         self.kernel = kernel
         self.causal_axes = (causal, False, False) if isinstance(causal, bool) else tuple(causal)
