@@ -130,8 +130,15 @@ class MaskGenerator(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (B, L, C) to logits (B, L, 2) to keep and to drop."""
+        """Features (B, L, C) to logits (B, L, 2) to keep and to drop, in at least float32.
+
+        Of half precision's few numbers many tokens would get the same, and none would be the better.
+        """
         x = self.norm(x)
         mean = F.gelu(self.global_part(x)).mean(1, keepdim=True)
         local = F.gelu(self.local_part(x))
-        return self.fc2(F.gelu(self.fc1(torch.cat([local, mean.expand_as(local)], dim=-1))))
+        hidden = F.gelu(self.fc1(torch.cat([local, mean.expand_as(local)], dim=-1)))
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            last = self.fc2
+            return F.linear(hidden.to(wide), last.weight.to(wide), last.bias.to(wide))

@@ -252,15 +252,27 @@ def convert_nat_state_dict(
     return found
 
 
+def _check_frame_kernel(state: Mapping[str, Tensor], frame_kernel: int | None) -> None:
+    """ValueError where the windows of video weights have another number of frames."""
+    rows = {x.shape[1] for key, x in state.items() if key.endswith(".rpb") and x.ndim == 4}
+    made = {(n + 1) // 2 for n in rows}
+    if len(made) == 1 and made != {frame_kernel}:
+        (own,) = made
+        raise ValueError(
+            f"the weights are a video model's whose windows have {own} frames: pass "
+            f"frame_kernel={own}, got frame_kernel={frame_kernel}"
+        )
+
+
 def _create(
     pretrained: str | Path | None, defaults: dict[str, Any], options: dict[str, Any]
 ) -> NAT:
     settings = defaults | options
     state = None
     if pretrained is not None:
-        state = convert_nat_state_dict(
-            read_weights(pretrained), frame_kernel=settings.get("frame_kernel")
-        )
+        frame_kernel = settings.get("frame_kernel")
+        state = convert_nat_state_dict(read_weights(pretrained), frame_kernel=frame_kernel)
+        _check_frame_kernel(state, frame_kernel)
         # the factors exist or not by release, so the checkpoint decides
         if "layer_scale" not in options:
             scaled = any(key.endswith(".gamma1") for key in state)

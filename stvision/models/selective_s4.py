@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stvision.layers.checks import check_whole
 from stvision.layers.state_space import S4
 from stvision.layers.token_selection import (
     SELECTIONS,
@@ -194,11 +195,7 @@ class SelectiveS4(nn.Module):
             raise ValueError(f"keep_ratio must be above 0 and at most 1, got {keep_ratio}")
         if selection not in SELECTIONS:
             raise ValueError(f"selection must be 'exact' or 'ratio', got {selection!r}")
-        if min(in_chans, patch_size, l_max) < 1:
-            raise ValueError(
-                "in_chans, patch_size and l_max must be at least 1, got "
-                f"{in_chans}, {patch_size} and {l_max}"
-            )
+        check_whole(1, in_chans=in_chans, patch_size=patch_size, l_max=l_max)
         if frames is not None and frames < 1:
             raise ValueError(f"frames must be None (images) or at least 1, got {frames}")
         if not 0 <= momentum <= 1:
@@ -499,11 +496,13 @@ class LongShortContrast(nn.Module):
             long: (B, L', C) tokens of longer clips of the same videos.
 
         Raises:
-            ValueError: another number of videos in the two.
+            ValueError: another number of videos in the two, or other channels than the model's.
         """
-        if short.ndim != 3 or long.ndim != 3 or short.shape[::2] != long.shape[::2]:
+        dim = self.query.fc1.in_features
+        fits = all(x.ndim == 3 and x.shape[2] == dim and x.shape[1] > 0 for x in (short, long))
+        if not fits or len(short) != len(long):
             raise ValueError(
-                "short and long must be (B, L, C) of one B and C, "
+                f"short and long must be (B, L, {dim}) of one B with L at least 1, "
                 f"got {tuple(short.shape)} and {tuple(long.shape)}"
             )
         loss = self._loss(short, long)

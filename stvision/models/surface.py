@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stvision.layers.checks import check_whole
+
 
 def asked_stages(indices: int | Sequence[int] | None, count: int) -> list[int]:
     """Places from 0 of the stages that :meth:`Backbone.forward_intermediates` is asked for.
@@ -118,8 +120,7 @@ class Head(nn.Module):
 
     def reset(self, num_classes: int) -> None:
         """A fresh linear layer of ``num_classes`` outputs."""
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        check_whole(0, num_classes=num_classes)
         self.fc = nn.Identity()
         if num_classes:
             self.fc = nn.Linear(self.dim, num_classes)
@@ -157,8 +158,7 @@ class Backbone(nn.Module):
         reductions: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if in_chans < 1:
-            raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+        check_whole(1, in_chans=in_chans)
         if frames is not None and frames < 1:
             raise ValueError(f"frames must be None (images) or at least 1, got {frames}")
         self.in_chans, self.num_classes, self.frames = in_chans, num_classes, frames

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stvision.attention.dispatch import dispatch_attention
+from stvision.layers.checks import check_whole, may_read
 from stvision.layers.vision import DropPath, Mlp, drop_path_rates
 from stvision.models.selective_s4 import info_nce
 from stvision.models.surface import Head, asked_stages
@@ -280,12 +281,7 @@ class TVTS(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if in_chans < 1 or patch_size < 1:
-            raise ValueError(
-                f"in_chans must be at least 1 and patch_size too, got {in_chans} and {patch_size}"
-            )
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
+        check_whole(1, in_chans=in_chans, patch_size=patch_size, depth=depth)
         if img_size < 1 or img_size % patch_size:
             raise ValueError(f"img_size must be a multiple of {patch_size}, got {img_size}")
         if frames is not None and frames < 1:
@@ -347,16 +343,16 @@ class TVTS(nn.Module):
         Args:
             x: (B, C, H, W), or (B, C, T, H, W) for a model of clips.
             keep: (B, pairs, K), int64, as :func:`keep_patches` gives it; pairs of frames beyond the
-                clip's are left out. ``None`` for all.
+                clip's are left out. ``None`` for all. Numbers on a GPU are not looked at.
 
         Returns:
             (B, 1 + L, D) with the class token first, and [pairs, rows, columns].
 
         Raises:
-            ValueError: another shape.
+            ValueError: another shape, or a patch to keep that does not exist.
         """
         rank = 4 if self.frames is None else 5
-        if x.ndim != rank or x.shape[1] != self.in_chans or 0 in x.shape:
+        if x.ndim != rank or x.shape[1] != self.in_chans or 0 in x.shape[2:]:
             axes = "H, W" if self.frames is None else "T, H, W"
             raise ValueError(
                 f"x must be (B, {self.in_chans}, {axes}), none of them 0, got {tuple(x.shape)}"
@@ -376,7 +372,15 @@ class TVTS(nn.Module):
                 raise ValueError(
                     f"keep must be ({len(x)}, at least {grid[0]}, K), got {tuple(keep.shape)}"
                 )
-            index = keep[:, : grid[0], :, None].expand(-1, -1, -1, self.dim)
+            if keep.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"keep must be int64, got {keep.dtype}")
+            keep, places = keep[:, : grid[0]], tokens.shape[2]
+            if may_read(keep) and ((keep < 0) | (keep >= places)).any():
+                raise ValueError(
+                    f"keep must name patches 0 to {places - 1} of the {grid[1]} x {grid[2]} there "
+                    f"are, got {int(keep.min())} to {int(keep.max())}"
+                )
+            index = keep[..., None].expand(-1, -1, -1, self.dim)
             tokens = tokens.gather(2, index)
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         return torch.cat([first.to(tokens.dtype), tokens.flatten(1, 2)], 1), grid

@@ -126,6 +126,27 @@ def test_intermediates_features_and_head_agree(name: str, frames: int | None) ->
 
 
 @pytest.mark.parametrize(("name", "frames"), KINDS)
+def test_an_empty_batch_runs(name: str, frames: int | None) -> None:
+    model, x = small(name, frames).eval(), pixels(frames)[:0].requires_grad_()
+    out = model(x)
+    out.sum().backward()
+    assert out.shape == (0, 5) and x.grad is not None
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["selective_s4_small", "tvts_base", "convs5_small"])
+@pytest.mark.parametrize("frames", [None, 3])
+def test_an_empty_batch_runs_through_sequences_too(name: str, frames: int | None) -> None:
+    options = {"convs5_small": {"dim": 32}}.get(name, {"dim": 24, "depth": 1})
+    options |= {"num_heads": 2} if name.startswith("tvts") else {}
+    model = create_backbone(name, num_classes=5, frames=frames, **options).eval()
+    x = pixels(frames)[:0].requires_grad_()
+    out = model(x)
+    out.sum().backward()
+    assert out.shape == (0, 5) and x.grad is not None
+
+
+@pytest.mark.parametrize(("name", "frames"), KINDS)
 def test_reset_classifier(name: str, frames: int | None) -> None:
     model, x = small(name, frames).double().eval(), pixels(frames, torch.float64)
     features = model.forward_features(x)
@@ -227,8 +248,11 @@ def test_catalogue_builds_by_name() -> None:
     for frames in (0, 2.5, True, "4"):
         with pytest.raises(ValueError, match=f"frames must be None .* at least 1, got {frames!r}"):
             create_backbone("davit_tiny", frames=frames)
-    with pytest.raises(ValueError, match="in_chans must be at least 1"):
-        create_backbone("davit_tiny", in_chans=0)
+    for options in ({"in_chans": 0}, {"in_chans": 2.5}, {"num_classes": "a"}, {"num_classes": 2.5}):
+        ((name, value),) = options.items()
+        wanted = f"{name} must be a whole number of at least [01], got {value!r}"
+        with pytest.raises(ValueError, match=wanted):
+            create_backbone("davit_tiny", **options)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

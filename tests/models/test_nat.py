@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stvision.models.backbones import create_backbone
 from stvision.models.nat import NAT, NAT_MODELS, convert_nat_state_dict, dinat_mini
 
 DILATIONS = [[1, 3], [2, 1]]
@@ -284,3 +285,21 @@ def test_bad_input_gets_one_sentence() -> None:
         small(frame_kernel=3)(images())
     with pytest.raises(ValueError, match="frame_kernel must be None .* or at least 1, got 0"):
         small(frame_kernel=0)
+
+
+def test_video_weights_say_which_windows_they_need(tmp_path: Path) -> None:
+    options = {**SMALL, "kernel_size": KERNEL, "dilations": DILATIONS}
+    source = dinat_mini(**options, frame_kernel=5).eval()
+    torch.save(source.state_dict(), tmp_path / "video.pth")
+    for given in (None, 3):
+        with pytest.raises(ValueError) as caught:
+            dinat_mini(tmp_path / "video.pth", **options, frame_kernel=given)
+        assert str(caught.value) == (
+            "the weights are a video model's whose windows have 5 frames: pass frame_kernel=5, "
+            f"got frame_kernel={given}"
+        )
+    same = create_backbone(
+        "dinat_mini", tmp_path / "video.pth", frames=3, frame_kernel=5, **options
+    )
+    x = torch.randn(1, 3, 3, 32, 32)
+    assert torch.equal(same.eval()(x), source(x))

@@ -343,6 +343,23 @@ def test_compiles_and_runs_in_half_precision() -> None:
     assert selective(clip(torch.bfloat16)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["autocast", "bfloat16"])
+def test_half_precision_ranks_tokens_by_float32_odds(whole: bool) -> None:
+    """8 bits would give hundreds of tokens few different odds."""
+    model, tokens = small(torch.float32), torch.randn(2, 600, 16)
+    tokens, dtype = (tokens.bfloat16(), torch.bfloat16) if whole else (tokens, torch.float32)
+    model = model.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not whole):
+        logits = model.mask_generator(model.guide(tokens))
+        chosen = model.select(tokens)
+    assert logits.dtype == chosen.gate.dtype == torch.float32
+    odds = (logits[..., 0] - logits[..., 1]).detach()
+    assert all(len(row.unique()) > 550 for row in odds)
+    for row, kept in zip(odds, chosen.kept, strict=True):
+        dropped = torch.ones_like(row, dtype=torch.bool).scatter(0, kept, False)
+        assert row[kept].min() > row[dropped].max()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -351,7 +368,8 @@ def test_compiles_and_runs_in_half_precision() -> None:
         ({"selection": "soft"}, "selection must be 'exact' or 'ratio', got 'soft'"),
         ({"frames": 0}, "frames must be None"),
         ({"momentum": 2.0}, "momentum must be 0 to 1"),
-        ({"l_max": 0}, "in_chans, patch_size and l_max must be at least 1, got 3, 4 and 0"),
+        ({"l_max": 0}, "l_max must be a whole number of at least 1, got 0"),
+        ({"in_chans": 2.5}, "in_chans must be a whole number of at least 1, got 2.5"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:
@@ -370,6 +388,14 @@ def test_bad_input() -> None:
         (lambda: select_ratio(logits, temperature=0.0), "temperature must be above 0"),
         (lambda: gather_tokens(logits, Selection(logits[..., 0], None)), "exactly K tokens"),
         (lambda: info_nce(torch.zeros(2, 3), torch.zeros(3, 3)), r"both be \(B, D\)"),
+        (
+            lambda: LongShortContrast(model)(torch.zeros(2, 5, 15), torch.zeros(2, 9, 15)),
+            r"short and long must be \(B, L, 16\) of one B .*, got \(2, 5, 15\) and \(2, 9, 15\)",
+        ),
+        (
+            lambda: LongShortContrast(model)(torch.zeros(2, 5, 16), torch.zeros(3, 9, 16)),
+            r"of one B with L at least 1, got \(2, 5, 16\) and \(3, 9, 16\)",
+        ),
         (lambda: LongShortContrast(model, mask_ratio=1.0), "mask_ratio must be at least 0"),
         (lambda: model.reset_classifier(3, "max"), "global_pool must be 'avg'"),
         (lambda: grid_positions((1, 1, 1), 5, logits), "dim must be at least 6, got 5"),

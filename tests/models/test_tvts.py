@@ -612,10 +612,11 @@ def test_bad_input_gets_one_sentence() -> None:
         ({"num_heads": 5}, "num_heads must divide dim 24, got 5"),
         ({"img_size": 13}, "img_size must be a multiple of 4, got 13"),
         ({"frames": 0}, "frames must be None .* or at least 1, got 0"),
-        ({"in_chans": 0}, "in_chans must be at least 1"),
-        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"in_chans": 0}, "in_chans must be a whole number of at least 1, got 0"),
+        ({"in_chans": 2.5}, "in_chans must be a whole number of at least 1, got 2.5"),
+        ({"depth": 0}, "depth must be a whole number of at least 1, got 0"),
         ({"temporal_std": -1.0}, "temporal_std must be at least 0, got -1.0"),
-        ({"num_classes": -1}, "num_classes must be at least 0"),
+        ({"num_classes": -1}, "num_classes must be a whole number of at least 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             small(**options)
@@ -625,6 +626,16 @@ def test_bad_input_gets_one_sentence() -> None:
             model(bad)
     with pytest.raises(ValueError, match=r"keep must be \(2, at least 4, K\), got \(2, 3, 5\)"):
         model(x, torch.zeros(2, 3, 5, dtype=torch.int64))
+    patches = 9
+    with pytest.raises(
+        ValueError, match=r"keep must name patches 0 to 8 of the 3 x 3 there are, got -1 to 9"
+    ):
+        model.tokenize(x, torch.tensor([-1, 0, patches]).expand(2, 4, 3))
+    with pytest.raises(ValueError, match="keep must be int64, got torch.float32"):
+        model.tokenize(x, torch.zeros(2, 4, 3))
+    beyond = torch.full((2, 5, 3), patches)  # its fifth pair is left out
+    beyond[:, :4] = patches - 1
+    assert model.tokenize(x, beyond)[0].shape[1] == 1 + 4 * 3
     for options, message in (
         ({"indices": [9]}, "indices=.9. must lie between"),
         ({"output_fmt": "NLC"}, "output_fmt must be 'NCHW' or 'NHWC'"),
