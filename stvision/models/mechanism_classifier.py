@@ -43,6 +43,7 @@ from stvision.layers import (
     LightAttention,
     NonLocalBlock,
 )
+from stvision.layers.checks import check_whole
 from stvision.layers.conv_s5 import ConvSSM
 from stvision.layers.token_selection import MaskGenerator, gather_tokens, select_exact
 from stvision.layers.vision import DepthwiseConv, FrameMix, Mlp, PositionConv, per_frame
@@ -367,8 +368,7 @@ class FrameHead(nn.Module):
         Raises:
             ValueError: a negative number.
         """
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        check_whole(0, num_classes=num_classes)
         size = cast(int, self.head.num_features)
         self.head.fc = nn.Linear(size, num_classes) if num_classes else nn.Identity()
 
@@ -425,14 +425,14 @@ class MechanismClassifier(Backbone):
             raise ValueError(f"mechanism must be one of {', '.join(MECHANISMS)}, got {mechanism!r}")
         if pool not in POOLS:
             raise ValueError(f"pool must be 'mean' or 'last', got {pool!r}")
-        if depth < 1 or tokens < 1:
-            raise ValueError(f"depth and tokens must be at least 1, got {depth} and {tokens}")
-        if dim < 32 or dim % 32 or heads < 1 or dim % heads:
+        check_whole(1, depth=depth, tokens=tokens, dim=dim, heads=heads)
+        if dim % 32 or dim % heads:
             raise ValueError(
                 f"dim must be a multiple of 32 that heads divide, got dim={dim}, heads={heads}"
             )
         if hidden is None:
             hidden = matched_hidden(mechanism, dim, depth, heads)
+        check_whole(1, hidden=hidden)
         kind = MECHANISMS[mechanism]
         if kind.head == "ts-lstm" and (frames is None or frames < 3):
             raise ValueError(f"frames of mechanism 'ts-lstm' must be at least 3, got {frames}")
