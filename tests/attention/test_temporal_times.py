@@ -128,6 +128,15 @@ def test_module_in_seconds_and_in_frames(causal: bool) -> None:
     assert (plain(x, TIMES) - plain(x)).abs().max() < 1e-12
 
 
+def test_times_may_be_mapped_over() -> None:
+    """Below a transform of torch.func their numbers cannot be checked."""
+    torch.manual_seed(0)
+    module = TemporalAttention(24, 2, backend="math").double()
+    x = torch.randn(2, 1, 5, 3, 2, 24, dtype=torch.float64)
+    mapped = torch.func.vmap(lambda x, times: module(x, times))(x, TIMES)
+    assert (mapped[:, 0] - module(x[:, 0], TIMES)).abs().max() < 1e-12
+
+
 def test_bfloat16_and_autocast() -> None:
     torch.manual_seed(0)
     module, x = TemporalAttention(24, 2, rotary_unit=0.04), torch.randn(2, 5, 3, 2, 24)
