@@ -285,6 +285,8 @@ def test_bad_input_gets_one_sentence() -> None:
         small(frame_kernel=3)(images())
     with pytest.raises(ValueError, match="frame_kernel must be None .* or at least 1, got 0"):
         small(frame_kernel=0)
+    with pytest.raises(ValueError, match="backend must be None or one of 'sdpa', .*, got 'fast'"):
+        small(backend="fast")
 
 
 def test_video_weights_say_which_windows_they_need(tmp_path: Path) -> None:
