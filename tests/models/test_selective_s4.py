@@ -1,11 +1,12 @@
 """Selective S4: the pyramid against its definition, selection and its gradients, LSMCL, learning."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stvision.layers.token_selection import (
     Selection,
@@ -217,6 +218,46 @@ def test_token_count_falls_with_the_ratio() -> None:
         tokens = model.tokenize(clip())
         chosen = model.apply_selection(tokens, model.select(tokens))
         assert chosen.shape[1] == max(1, round(ratio * tokens.shape[1]))
+
+
+def saved_bytes(model: nn.Module, call: Callable[[], Tensor]) -> int:
+    """Memory that ``call`` keeps for its backward, each storage once, without the weights."""
+    own = {x.untyped_storage().data_ptr() for x in model.state_dict().values()}
+    sizes: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return x  # held by the graph, so that no other tensor gets its address
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = call()
+    assert out.requires_grad
+    return sum(sizes.values())
+
+
+def test_activation_memory_falls_linearly_with_the_ratio() -> None:
+    """That of the pyramid is the ratio's share; choosing adds what does not depend on it."""
+    length, ratios = 400, (0.1, 0.25, 0.5, 0.75, 0.9)
+    tokens = torch.randn(8, length, 16)
+
+    def measure(ratio: float, gather: bool = True) -> tuple[int, int]:
+        model = small(torch.float32, keep_ratio=ratio, l_max=length, gather=gather).train()
+        chosen = model.apply_selection(tokens, model.select(tokens)).detach()
+        whole = saved_bytes(model, lambda: model.forward_tokens(tokens)[0])
+        return whole, saved_bytes(model, lambda: model.forward_head(model._pyramid(chosen)))
+
+    plain, _ = measure(1.0)
+    whole, pyramid = zip(*map(measure, ratios), strict=True)
+    for ratio, size in zip(ratios, pyramid, strict=True):
+        assert abs(size / plain - ratio) < 0.01
+    slope = (whole[-1] - whole[0]) / (ratios[-1] - ratios[0])
+    for ratio, size in zip(ratios, whole, strict=True):
+        assert abs(size - whole[0] - slope * (ratio - ratios[0])) < 0.01 * plain
+    # the kept tokens themselves and their odds come on top of the pyramid's share
+    assert plain <= slope < 1.15 * plain
+    assert measure(0.1, gather=False)[1] >= plain  # zeros in place of tokens save nothing
 
 
 def test_positions_are_added_before_selection() -> None:
