@@ -848,13 +848,16 @@ def test_compiled_triton_calls_on_a_gpu(dilation: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_a_cuda_graph_replays_the_call(dilation: int) -> None:
+@pytest.mark.parametrize(("dilation", "deterministic"), [(1, True), (1, False), (2, False)])
+def test_a_cuda_graph_replays_the_call(dilation: int, deterministic: bool) -> None:
     """After other problems have come and gone, whose tables are kept beside the graph's."""
 
     # few shapes of kernels, so that few are compiled
     options = {"dilation": (1, 1, dilation), "backend": "triton", "q_tile_shape": (1, 4, 8)}
-    options["kv_tile_shape"] = (1, 4, 16)
+    options |= {"kv_tile_shape": (1, 4, 16), "deterministic": deterministic}
+    # boxes of a shape of the caller's take the backward of one pass, which adds up the gradient of
+    # queries in the order in which programs come by
+    in_any_order = dilation == 1 and not deterministic
 
     def call():
         out = na3d(*inputs, (2, 3, 4), **options)
@@ -876,8 +879,11 @@ def test_a_cuda_graph_replays_the_call(dilation: int) -> None:
         for x in inputs:
             x.copy_(torch.randn_like(x))
     graph.replay()
-    for one, two in zip(found, call(), strict=True):
-        assert torch.equal(one, two)
+    for i, (one, two) in enumerate(zip(found, call(), strict=True)):
+        if i == 1 and in_any_order:
+            assert relative_error(one, two.double().cpu()) < 1e-3
+        else:
+            assert torch.equal(one, two)
 
 
 @pytest.mark.gpu
