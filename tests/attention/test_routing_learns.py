@@ -28,10 +28,14 @@ def copy_task(count: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
     return x, y.reshape(count, 16, 16)
 
 
-def accuracy(attention: nn.Module, steps: int) -> float:
-    """Share of tokens named rightly on unseen maps."""
+def accuracy(attention: nn.Module, steps: int = 600) -> float:
+    """Share of tokens named rightly on unseen maps.
+
+    Routing has no gradient, so a code whose region is never chosen is never learned; dropout in
+    front of it changes the choice from step to step until all have been.
+    """
     g = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(36, 64), attention, nn.Linear(64, 4))
+    model = nn.Sequential(nn.Linear(36, 64), nn.Dropout(0.3), attention, nn.Linear(64, 4))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -42,6 +46,7 @@ def accuracy(attention: nn.Module, steps: int) -> float:
         optimizer.step()
         rate.step()
     x, y = copy_task(200, g)
+    model.eval()
     with torch.no_grad():
         return float((model(x)[:, 0].argmax(-1) == y).float().mean())
 
@@ -50,8 +55,7 @@ def accuracy(attention: nn.Module, steps: int) -> float:
 def test_one_region_of_all_is_enough_to_copy_from_afar() -> None:
     torch.manual_seed(0)
     routed = BiLevelRoutingAttention(64, 1, n_win=4, topk=1, lepe_kernel=0)
-    # routing has no gradient: one code in sixteen may never be met, which leaves 15 / 16
-    assert accuracy(routed, 1200) > 0.9
+    assert accuracy(routed) > 0.95
     torch.manual_seed(0)
-    # a quarter is chance, and one region in sixteen asks for itself
-    assert accuracy(SpatialWindowAttention(64, 1, 4), 300) < 0.4
+    # a quarter is chance, and one region in sixteen asks for itself: 0.25 + 0.75 / 16 = 0.297
+    assert accuracy(SpatialWindowAttention(64, 1, 4)) < 0.35
