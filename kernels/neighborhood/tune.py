@@ -121,9 +121,9 @@ def _call(kernel: Kernel, problem: Problem, tensors: list[torch.Tensor]) -> Call
         return lambda: triton_launch.forward(q, k, v, None, None, axes, scale, boxes=boxes)
     out, lse = tensors[3:]
     grad, nothing = torch.ones_like(out) * q.mean(), torch.zeros_like(lse)
-    once, boxes_ = kernel == "once", False if pointers else None
-    problem_ = (grad, nothing, q, k, v, None, None, out, lse, axes, scale)
-    return lambda: triton_launch.backward(*problem_, deterministic=not once, boxes=boxes_)
+    inputs = (grad, nothing, q, k, v, None, None, out, lse, axes, scale)
+    how: dict[str, Any] = {"deterministic": kernel != "once", "boxes": False if pointers else None}
+    return lambda: triton_launch.backward(*inputs, **how)
 
 
 def _warm(job: tuple[Kernel, Problem, Tiles]) -> str | None:
@@ -214,8 +214,8 @@ def tune(
     best: dict[str, Tiles] = {}
     forwards = {"forward", "pointers"}
     if set(kernels) - forwards:
-        first_: Kernel = "pointers" if set(kernels) & set(POINTER_KERNELS) else "forward"
-        out_lse = _call(first_, problem, tensors)()
+        forward: Kernel = "pointers" if set(kernels) & set(POINTER_KERNELS) else "forward"
+        out_lse = _call(forward, problem, tensors)()
     for kernel in kernels:
         inputs = tensors if kernel in forwards else [*tensors, *out_lse]
         call = _call(kernel, problem, inputs)
@@ -270,6 +270,24 @@ def numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"numbers with commas between, not {text!r}") from None
 
 
+def _refusal(chosen: argparse.Namespace) -> str | None:
+    """One sentence on numbers that no problem has; those of its window are checked by the problem."""
+    if len(chosen.grid) not in AXIS_NAMES or min(chosen.grid) < 1:
+        return f"--grid takes one to three sizes of at least 1, not {chosen.grid}"
+    kv_heads = chosen.heads if chosen.kv_heads is None else chosen.kv_heads
+    sizes = {"--heads": chosen.heads, "--kv-heads": kv_heads, "--head-dim": chosen.head_dim}
+    sizes |= {"--batch": chosen.batch, "--shapes": chosen.shapes}
+    for name, size in sizes.items():
+        if size < 1:
+            return f"{name} must be at least 1, not {size}"
+    if chosen.heads % kv_heads or chosen.head_dim > 256:
+        return (
+            f"--kv-heads must divide --heads and --head-dim be at most 256, not {kv_heads}, "
+            f"{chosen.heads} and {chosen.head_dim}"
+        )
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="stvision tune",
@@ -297,23 +315,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", type=int, default=3, help="shapes of each size")
     parser.add_argument("--json", default=None, help="also write all times to this file")
     chosen = parser.parse_args(arguments)
+    wrong = _refusal(chosen)
+    if wrong is not None:
+        print(wrong, file=sys.stderr)
+        return 2
     rank = len(chosen.grid)
-    if rank not in AXIS_NAMES or min(chosen.grid) < 1:
-        print(f"--grid takes one to three sizes of at least 1, not {chosen.grid}", file=sys.stderr)
-        return 2
-    sizes = {"--heads": chosen.heads, "--head-dim": chosen.head_dim, "--batch": chosen.batch}
-    sizes |= {"--shapes": chosen.shapes, "--kv-heads": chosen.kv_heads or chosen.heads}
-    for name, size in sizes.items():
-        if size < 1:
-            print(f"{name} must be at least 1, not {size}", file=sys.stderr)
-            return 2
-    if chosen.heads % (chosen.kv_heads or chosen.heads) or chosen.head_dim > 256:
-        print(
-            f"--kv-heads must divide --heads and --head-dim be at most 256, not {chosen.kv_heads}, "
-            f"{chosen.heads} and {chosen.head_dim}",
-            file=sys.stderr,
-        )
-        return 2
     problem = Problem(
         chosen.batch,
         chosen.grid,
