@@ -298,11 +298,40 @@ def light_attention_for(slot: Slot) -> nn.Module:
     return LightAttention(slot.dim, channels_last=slot.channels_last)
 
 
-def _attend(module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-    block = cast(Any, getattr(module, ATTACHED))
-    if block.channels_last and out.ndim == 4:
-        return cast(Tensor, block(out.unsqueeze(1)).squeeze(1))
-    return cast(Tensor, block(out))
+def _rebuilt(base: type[nn.Module]) -> nn.Module:
+    """An empty module of the followed form of ``base``, for ``pickle`` and ``copy``."""
+    kind = _followed(base)
+    return kind.__new__(kind)
+
+
+#: classes that :func:`_followed` has made
+_FOLLOWED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _followed(base: type[nn.Module]) -> type[nn.Module]:
+    """``base`` with the block behind it.
+
+    A class of its own rather than a forward hook: compiled code is shared by modules of one class, and
+    the compiler does not look at hooks, so that of the network without blocks would run.
+    """
+    if base in _FOLLOWED:
+        return _FOLLOWED[base]
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        out = cast(Any, base.forward)(self, *args, **kwargs)
+        block = cast(Any, self._modules[ATTACHED])
+        if block.channels_last and out.ndim == 4:
+            return cast(Tensor, block(out.unsqueeze(1)).squeeze(1))
+        return cast(Tensor, block(out))
+
+    def reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        return _rebuilt, (base,), self.__dict__
+
+    parts: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce_ex}
+    parts |= {"_followed_base": base}
+    parts |= {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    _FOLLOWED[base] = type(base.__name__, (base,), parts)
+    return _FOLLOWED[base]
 
 
 def _lift(_block: nn.Module, inputs: tuple[Tensor]) -> Tensor:
@@ -330,10 +359,10 @@ def place_attention(
 ) -> list[Slot]:
     """Put attention blocks into a network, in place.
 
-    Each becomes a child :data:`ATTACHED` of the residual block it follows and runs in a forward hook
-    of it or, where the slot is a chain, as the last of its children. Parameters of the network keep
-    their names; what was there before is replaced. A network is compiled after its blocks are placed,
-    not before.
+    Each becomes a child :data:`ATTACHED` of the residual block it follows and runs behind it, which
+    makes that one of a class of its own, or, where the slot is a chain, as the last of its children.
+    Parameters of the network keep their names; what was there before is replaced. A network is
+    compiled after its blocks are placed, not before.
 
     Args:
         net: what the slots were found in.
@@ -358,7 +387,7 @@ def place_attention(
         like = next((p for p in module.parameters() if p.is_floating_point()), None)
         module.add_module(ATTACHED, made if like is None else made.to(like.device, like.dtype))
         if not slot.chain:
-            module.register_forward_hook(_attend)
+            module.__class__ = _followed(type(module))
         elif slot.image and cast(Any, made).channels_last:
             _drop(made._forward_pre_hooks, _lift)  # of a block that is behind another slot too
             _drop(made._forward_hooks, _lower)
@@ -372,7 +401,7 @@ def remove_attention(net: nn.Module) -> None:
     for module in list(net.modules()):
         block = module._modules.pop(ATTACHED, None)
         if block is not None:
-            _drop(module._forward_hooks, _attend)
+            module.__class__ = module.__class__.__dict__.get("_followed_base", type(module))
             _drop(block._forward_pre_hooks, _lift)
             _drop(block._forward_hooks, _lower)
 

@@ -146,7 +146,7 @@ def test_the_block_gates_the_output_of_the_residual_block() -> None:
     inside = model.layer1(model.stem(IMAGES))
     got = model.layer2(inside)
     block = getattr(model.layer2[0], ATTACHED)
-    assert torch.equal(got, block(model.layer2[0].forward(inside)))
+    assert torch.equal(got, block(Residual.forward(model.layer2[0], inside)))
 
 
 class Loop(nn.Module):
@@ -485,7 +485,23 @@ def test_placing_again_replaces() -> None:
     opened(model)
     once = getattr(model.layer3[1], ATTACHED)
     grid = model.layer3[0](model.layer2(model.layer1(model.stem(IMAGES))))
-    assert torch.equal(model.layer3[1](grid), once(model.layer3[1].forward(grid)))
+    assert torch.equal(model.layer3[1](grid), once(Residual.forward(model.layer3[1], grid)))
+
+
+def test_compiled_networks_with_and_without_blocks_do_not_share_code() -> None:
+    """The compiler keeps code by class, and a network without blocks has the same classes."""
+    plain = net()
+    placed = copy.deepcopy(plain)
+    place_attention(placed, attention_slots(placed, IMAGES), "every-block")
+    opened(placed)
+    wanted = [model(IMAGES) for model in (plain, placed)]
+    assert (wanted[0] - wanted[1]).abs().max() > 1e-4
+    torch.compiler.reset()
+    for model, found in ((plain, wanted[0]), (placed, wanted[1]), (plain, wanted[0])):
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(IMAGES), found)
+    remove_attention(placed)
+    assert type(placed.layer3[1]) is Residual
+    assert torch.equal(torch.compile(placed, backend="eager")(IMAGES), wanted[0])
 
 
 def test_blocks_take_dtype_mode_and_are_copied_loaded_and_compiled() -> None:
